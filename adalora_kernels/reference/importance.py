@@ -1,0 +1,123 @@
+"""Sensitivity × uncertainty of every element, and the score of every singular triplet (AdaLoRA, equations 8–10 and 11).
+
+For an element θ with gradient g: I = |θ g|, Ī ← β₁ Ī + (1-β₁) I, Ū ← β₂ Ū + (1-β₂) |I - Ī| with the new Ī, s = Ī Ū.
+For a triplet i: S_i = s(E_i) + mean_k s(A_ik) + mean_j s(B_ji).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TripletLayout:
+    """Where the parameters of n layers lie in the flat averages, and their triplets in the score vector.
+
+    Parameters are ordered A₀, E₀, B₀, A₁, E₁, B₁, …; each is stored row-major.
+
+    Attributes:
+        shapes: (R, K, N) of each layer.
+    """
+
+    shapes: tuple[tuple[int, int, int], ...]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of elements of each of the 3n parameters."""
+        return tuple(size for r, k, n in self.shapes for size in (r * k, r, n * r))
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Offset of each of the 3n parameters in the flat averages, then the total."""
+        return (0, *accumulate(self.sizes))
+
+    @cached_property
+    def rank_offsets(self) -> tuple[int, ...]:
+        """Offset of each layer's triplets in the score vector, then the total rank."""
+        return (0, *accumulate(r for r, _, _ in self.shapes))
+
+    @property
+    def total_elements(self) -> int:
+        """Number of elements of all parameters."""
+        return self.offsets[-1]
+
+    @property
+    def total_rank(self) -> int:
+        """Number of triplets of the whole model."""
+        return self.rank_offsets[-1]
+
+
+def triplet_scores(layout: TripletLayout, average: Tensor, uncertainty: Tensor) -> Tensor:
+    """S of every triplet, [total_rank], from the flat averages Ī and Ū, both [total_elements]."""
+    return _combine(layout, average * uncertainty)
+
+
+def magnitude_scores(layout: TripletLayout, params: Sequence[Tensor]) -> Tensor:
+    """S of every triplet with |θ| in place of s(θ), [total_rank] (the original code's metric ``mag``)."""
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+    return _combine(layout, torch.cat([p.detach().reshape(-1).abs().to(dtype) for p in params]))
+
+
+def _combine(layout: TripletLayout, elements: Tensor) -> Tensor:
+    scores = elements.new_empty(layout.total_rank)
+    for i, (r, k, n) in enumerate(layout.shapes):
+        if r == 0:
+            continue
+        a, e, b = (elements[layout.offsets[j] : layout.offsets[j + 1]] for j in range(3 * i, 3 * i + 3))
+        scores[layout.rank_offsets[i] : layout.rank_offsets[i + 1]] = e + (a.view(r, k).mean(1) + b.view(n, r).mean(0))
+    return scores
+
+
+def importance_update(
+    layout: TripletLayout,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    state: Tensor,
+    half: Tensor,
+    scores: Tensor,
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    """One step of the averages of all layers, without a host sync.
+
+    The averages live in a ping-pong pair: the update reads ``state[half]`` and writes ``state[1 - half]``; only if every
+    gradient was finite are ``half`` flipped and ``scores`` replaced. An overflow step therefore leaves no trace.
+
+    Args:
+        layout: where everything lies.
+        params: the 3n parameters in the layout's order, any floating dtype.
+        grads: their gradients; None leaves that parameter's averages as they are.
+        state: [2, 2, total_elements] (half; Ī or Ū; element) in fp32, or fp64 for fp64 parameters. Updated in place.
+        half: int32 [1], which half is current. Updated in place.
+        scores: [total_rank] in the dtype of ``state``. Updated in place.
+        beta1, beta2: the two smoothing factors, in (0, 1).
+
+    Returns:
+        bool [1]: whether every gradient was finite, that is, whether the update was taken.
+    """
+    current = half.to(torch.int64)
+    old = state.index_select(0, current)[0]
+    new = old.clone()
+    finite = torch.ones(1, dtype=torch.bool, device=state.device)
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad is None or param.numel() == 0:
+            continue
+        average, uncertainty = new[:, layout.offsets[i] : layout.offsets[i + 1]]
+        g = grad.detach().reshape(-1).to(state.dtype)
+        sensitivity = (param.detach().reshape(-1).to(state.dtype) * g).abs()
+        average.mul_(beta1).add_(sensitivity, alpha=1 - beta1)
+        uncertainty.mul_(beta2).add_((sensitivity - average).abs(), alpha=1 - beta2)
+        finite &= torch.isfinite(g).all()
+    state.index_copy_(0, 1 - current, new.unsqueeze(0))
+    scores.copy_(torch.where(finite, triplet_scores(layout, new[0], new[1]), scores))
+    half.copy_(torch.where(finite, 1 - half, half))
+    return finite
+
+
+__all__ = ["TripletLayout", "importance_update", "magnitude_scores", "triplet_scores"]

@@ -1,0 +1,1 @@
+"""Inputs and error budgets that tests and benchmarks share; nothing in the package imports it."""
