@@ -1,0 +1,16 @@
+// The CPU ops that registration.cpp registers. Tables are int64 [rows, count] on the CPU; their rows are named with each op.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "common/checks.h"
+
+namespace adalora::cpu {
+
+std::string instruction_set();
+
+Tensor mask_to_budget(const Tensor& scores, Tensor live, const Tensor& enabled, const Tensor& values, int64_t budget);
+void zero_pruned(const Tensor& live, const Tensor& values);
+
+}  // namespace adalora::cpu

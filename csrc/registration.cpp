@@ -1,0 +1,24 @@
+// Module adalora_kernels._C: schemas of all native ops, and their CPU implementations.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY(adalora_native, m) {
+  m.def("instruction_set() -> str");
+  m.def("mask_to_budget(Tensor scores, Tensor(a!) live, Tensor enabled, Tensor values, int budget) -> Tensor");
+  m.def("zero_pruned(Tensor live, Tensor values) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(adalora_native, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&adalora::cpu::instruction_set));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(adalora_native, CPU, m) {
+  m.impl("mask_to_budget", TORCH_BOX(&adalora::cpu::mask_to_budget));
+  m.impl("zero_pruned", TORCH_BOX(&adalora::cpu::zero_pruned));
+}
+
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
