@@ -1,0 +1,63 @@
+"""Kernel-accelerated AdaLoRA for PyTorch.
+
+The public names are imported on first use, so that ``import adalora_kernels`` needs torch alone.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from adalora_kernels import reference
+    from adalora_kernels.allocator import RankAllocator, compute_orth_regu
+    from adalora_kernels.integrations.peft import patch_model, patch_peft, unpatch_model, unpatch_peft
+    from adalora_kernels.integrations.trainer import AdaLoraCallback
+    from adalora_kernels.nn import SVDLinear
+    from adalora_kernels.ops.explain import explain
+    from adalora_kernels.ops.svd_linear import svd_linear
+
+_HOME = {
+    "AdaLoraCallback": "adalora_kernels.integrations.trainer",
+    "RankAllocator": "adalora_kernels.allocator",
+    "SVDLinear": "adalora_kernels.nn",
+    "compute_orth_regu": "adalora_kernels.allocator",
+    "explain": "adalora_kernels.ops.explain",
+    "patch_model": "adalora_kernels.integrations.peft",
+    "patch_peft": "adalora_kernels.integrations.peft",
+    "svd_linear": "adalora_kernels.ops.svd_linear",
+    "unpatch_model": "adalora_kernels.integrations.peft",
+    "unpatch_peft": "adalora_kernels.integrations.peft",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "reference":
+        return import_module("adalora_kernels.reference")
+    if name not in _HOME:
+        raise AttributeError(f"module 'adalora_kernels' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+__all__ = [
+    "AdaLoraCallback",
+    "RankAllocator",
+    "SVDLinear",
+    "__version__",
+    "compute_orth_regu",
+    "explain",
+    "patch_model",
+    "patch_peft",
+    "reference",
+    "svd_linear",
+    "unpatch_model",
+    "unpatch_peft",
+]

@@ -86,8 +86,8 @@ def importance_update(
 ) -> Tensor:
     """One step of the averages of all layers, without a host sync.
 
-    The averages live in a ping-pong pair: the update reads ``state[half]`` and writes ``state[1 - half]``; only if every
-    gradient was finite are ``half`` flipped and ``scores`` replaced. An overflow step therefore leaves no trace.
+    The averages live in a ping-pong pair: the update reads ``state[half]`` and writes ``state[1 - half]``; only if
+    every gradient was finite are ``half`` flipped and ``scores`` replaced. An overflow step therefore leaves no trace.
 
     Args:
         layout: where everything lies.

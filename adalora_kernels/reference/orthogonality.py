@@ -1,7 +1,8 @@
 """The orthogonality of P and Q: how far A Aᵀ and Bᵀ B are from the identity (AdaLoRA, equation 4).
 
-The published codes use γ · mean of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F over all 2n matrices, not squared; the paper squares and
-sums. With C = A Aᵀ - I: ∂‖C‖_F/∂A = (2/‖C‖_F) C A, 0 where C = 0, and ∂‖C‖_F²/∂A = 4 C A; for B, B C in place of C A.
+The published codes use γ · mean of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F over all 2n matrices, not squared; the paper squares
+and sums. With C = A Aᵀ - I: ∂‖C‖_F/∂A = (2/‖C‖_F) C A, 0 where C = 0, and ∂‖C‖_F²/∂A = 4 C A; for B, B C in place of C
+A.
 """
 
 from __future__ import annotations

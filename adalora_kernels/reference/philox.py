@@ -1,8 +1,8 @@
 """Dropout from a counter-based generator (Philox 4x32-10; Salmon et al., SC'11), so that no mask is stored.
 
 Element (m, k) of an [M, K] matrix is dropped iff the first output word of Philox, with counter (m·K + k) as a 64-bit
-number in words 0 and 1, zeros in words 2 and 3, and the 64-bit seed as the key, is below round(p · 2³²). Every backend draws
-the same mask from the same seed.
+number in words 0 and 1, zeros in words 2 and 3, and the 64-bit seed as the key, is below round(p · 2³²). Every backend
+draws the same mask from the same seed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _WORD = 0xFFFFFFFF
 
 
 def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32-bit words of a · b, for words held in int64: split, since the full product needs 64 unsigned bits."""
+    """High and low word of the 64-bit product of 32-bit words held in int64, where the whole would overflow."""
     low = (b & 0xFFFF) * a
     high = (b >> 16) * a + (low >> 16)
     return (high >> 16) & _WORD, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

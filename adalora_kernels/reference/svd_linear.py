@@ -116,4 +116,6 @@ def backward(
                 dE = dE * mask.reshape(-1).to(lam.dtype)
             dE = dE.reshape(lora_E.shape).to(lora_E.dtype)
     return dx, dA, dE, dB
+
+
 __all__ = ["backward", "forward", "singular_values"]

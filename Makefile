@@ -1,0 +1,33 @@
+# The few commands a person needs. Each does its own set-up, in a .venv in this folder.
+PYTHON ?= python3
+BIN := .venv/bin
+JOBS ?= 2
+
+.PHONY: setup demo test lint bench clean
+
+setup: .venv/.installed
+
+# Torch comes first, since the extension is built against it.
+.venv/.installed: constraints.txt pyproject.toml setup.py $(shell find csrc -type f)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,lint]'
+	touch $@
+
+demo: setup
+	$(BIN)/adalora-kernels demo
+
+test: setup
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks.cpu
+
+clean:
+	rm -rf .venv build dist *.egg-info demo-output adalora_kernels/*.so

@@ -1,0 +1,94 @@
+"""What an allocator remembers from step to step, and its exact copy for a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adalora_kernels.allocator.triplets import Triplet, layout_of
+from adalora_kernels.ops.checks import floating_state_dtype
+
+
+class ImportanceState:
+    """Averages, scores and pattern of all triplets, flat, on the parameters' device.
+
+    Attributes:
+        layout: where each layer's parameters and triplets lie.
+        averages: [2, 2, elements], the ping-pong halves of Ī and Ū, in fp32 (fp64 for fp64 parameters).
+        half: int32 [1], which half is current.
+        scores: [total rank], S of each triplet at the last update.
+        live: bool [total rank], the current pattern.
+        updates: how many steps the averages were offered since they last started at 0.
+        settled: whether the final pattern is fixed (variant "peft").
+    """
+
+    def __init__(self, triplets: list[Triplet]) -> None:
+        params = [p for t in triplets for p in t.parameters]
+        device = params[0].device
+        self.layout = layout_of(triplets)
+        self.averages = torch.zeros(
+            2, 2, self.layout.total_elements, dtype=floating_state_dtype(list(params)), device=device
+        )
+        self.half = torch.zeros(1, dtype=torch.int32, device=device)
+        self.scores = self.averages.new_zeros(self.layout.total_rank)
+        self.live = torch.ones(self.layout.total_rank, dtype=torch.bool, device=device)
+        self.updates = 0
+        self.settled = False
+
+    def current(self) -> tuple[Tensor, Tensor]:
+        """Ī and Ū, flat [elements]: copies, taken without a host sync."""
+        average, uncertainty = self.averages.index_select(0, self.half.to(torch.int64))[0]
+        return average, uncertainty
+
+    def set_current(self, average: Tensor, uncertainty: Tensor) -> None:
+        """Put Ī and Ū, flat [elements], and score the triplets by them."""
+        from adalora_kernels.ops.importance import triplet_scores
+
+        self.half.zero_()
+        self.averages[0, 0].copy_(average)
+        self.averages[0, 1].copy_(uncertainty)
+        self.scores.copy_(triplet_scores(self.layout, self.averages[0, 0], self.averages[0, 1]))
+
+    def reset(self) -> None:
+        """Start Ī and Ū at 0 again; the pattern stays."""
+        self.averages.zero_()
+        self.scores.zero_()
+        self.updates = 0
+
+    def move_to(self, device: torch.device) -> None:
+        """Follow the parameters to another device."""
+        for name in ("averages", "half", "scores", "live"):
+            setattr(self, name, getattr(self, name).to(device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all of it."""
+        average, uncertainty = self.current()
+        return {
+            "shapes": [list(shape) for shape in self.layout.shapes],
+            "average": average,
+            "uncertainty": uncertainty,
+            "scores": self.scores.clone(),
+            "live": self.live.clone(),
+            "updates": self.updates,
+            "settled": self.settled,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``.
+
+        Raises:
+            ValueError: the state is of layers with other shapes; nothing changes.
+        """
+        shapes = [list(shape) for shape in self.layout.shapes]
+        if state["shapes"] != shapes:
+            raise ValueError("state: expected the layers that this allocator was made for, got other shapes")
+        self.set_current(state["average"], state["uncertainty"])
+        self.scores.copy_(state["scores"])
+        self.live.copy_(state["live"])
+        self.updates = state["updates"]
+        self.settled = state["settled"]
+
+
+__all__ = ["ImportanceState"]

@@ -1,0 +1,1 @@
+"""Who computes: the compiled extension, Triton, or the reference; and the choice between them."""

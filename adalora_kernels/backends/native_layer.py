@@ -1,0 +1,106 @@
+"""The layer on the CPU: y = x Wᵀ + b + (u ⊙ λ) Bᵀ, the low-rank term accumulated by the BLAS into the frozen product.
+
+Beyond the frozen products a call reads x twice (u, dA), g twice (v, T), and y and dx once more to add to them. T is
+computed as (uᵀ g)ᵀ, so that the long dimension is contiguous in the skinny product: half the time of gᵀ u.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adalora_kernels.reference.svd_linear import singular_values
+
+
+def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    if seed is None:
+        return x
+    from adalora_kernels.backends.native import dropout
+
+    return dropout(x, dropout_p, seed)
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """out += left @ right, in place; a foreign base may answer in another dtype than the products'."""
+    if out.dtype == left.dtype:
+        return out.addmm_(left, right)
+    return out.add_(left @ right)
+
+
+def svd_linear_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.svd_linear.forward``."""
+    xc = x.to(compute_dtype)
+    if base is None:
+        assert weight is not None
+        base = F.linear(xc, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
+    if lora_A.shape[0] == 0:
+        return base, xc.new_empty(xc.shape[0], 0)
+    u = _dropped(xc, dropout_p, seed) @ lora_A.to(compute_dtype).t()
+    scaled = (u * singular_values(lora_E, mask, scaling)).to(compute_dtype)
+    return _add_product(base, scaled, lora_B.to(compute_dtype).t()), u
+
+
+def svd_linear_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    compute_dtype: torch.dtype,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As ``reference.svd_linear.backward``."""
+    need_x, need_A, need_E, need_B = needs
+    g = grad_y.to(compute_dtype)
+    lam = singular_values(lora_E, mask, scaling)
+    dx = dA = dE = dB = None
+    if need_x or need_A:
+        v_scaled = ((g @ lora_B.to(compute_dtype)) * lam).to(compute_dtype)
+        if need_x:
+            dx = _input_gradient(g, v_scaled, weight, lora_A.to(compute_dtype), seed, dropout_p).to(x.dtype)
+        if need_A:
+            dA = (v_scaled.t() @ _dropped(x.to(compute_dtype), dropout_p, seed)).to(lora_A.dtype)
+    if need_E or need_B:
+        Tt = (u.t() @ g).to(lam.dtype)
+        if need_B:
+            dB = (Tt.t() * lam).to(lora_B.dtype).contiguous()
+        if need_E:
+            dE = scaling * torch.linalg.vecdot(lora_B.t().to(lam.dtype), Tt)
+            if mask is not None:
+                dE = dE * mask.reshape(-1).to(lam.dtype)
+            dE = dE.reshape(lora_E.shape).to(lora_E.dtype)
+    return dx, dA, dE, dB
+
+
+def _input_gradient(
+    g: Tensor, v_scaled: Tensor, weight: Tensor | None, lora_A: Tensor, seed: Tensor | None, dropout_p: float
+) -> Tensor:
+    if weight is None:
+        return _dropped(v_scaled @ lora_A, dropout_p, seed)
+    dx = g @ weight.to(g.dtype)
+    if lora_A.shape[0] == 0:
+        return dx
+    return dx.addmm_(v_scaled, lora_A) if seed is None else dx.add_(_dropped(v_scaled @ lora_A, dropout_p, seed))
+
+
+__all__ = ["svd_linear_backward", "svd_linear_forward"]

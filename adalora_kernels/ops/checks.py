@@ -1,0 +1,71 @@
+"""The checks of user input: each message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_layer(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+) -> None:
+    """Hold the arguments of one layer call to each other.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: a shape, device or probability does not fit.
+    """
+    floating = (("x", x), ("weight", weight), ("bias", bias), ("base_output", base),
+                ("lora_A", lora_A), ("lora_E", lora_E), ("lora_B", lora_B))  # fmt: skip
+    for name, tensor in floating:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise TypeError(f"{name}: expected a 16-, 32- or 64-bit floating-point tensor, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected on {x.device}, the device of x, got {tensor.device}")
+    if x.dim() == 0:
+        raise ValueError("x: expected [..., K], got a 0-d tensor")
+    k = x.shape[-1]
+    if lora_A.dim() != 2 or lora_A.shape[1] != k:
+        raise ValueError(f"lora_A: expected [R, {k}] (x has {k} features), got {list(lora_A.shape)}")
+    r = lora_A.shape[0]
+    if lora_B.dim() != 2 or lora_B.shape[1] != r:
+        raise ValueError(f"lora_B: expected [N, {r}] (lora_A has rank {r}), got {list(lora_B.shape)}")
+    n = lora_B.shape[0]
+    _check_rank_vector("lora_E", lora_E, r)
+    if mask is not None:
+        if mask.device != x.device:
+            raise ValueError(f"mask: expected on {x.device}, the device of x, got {mask.device}")
+        _check_rank_vector("mask", mask, r)
+    if weight is not None and (weight.dim() != 2 or weight.shape[0] != n or weight.shape[1] != k):
+        raise ValueError(f"weight: expected [{n}, {k}], got {list(weight.shape)}")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
+        raise ValueError(f"bias: expected [{n}], got {list(bias.shape)}")
+    if base is not None and base.shape != (*x.shape[:-1], n):
+        raise ValueError(f"base_output: expected {[*x.shape[:-1], n]}, got {list(base.shape)}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+
+
+def _check_rank_vector(name: str, tensor: Tensor, r: int) -> None:
+    if tensor.dim() not in (1, 2) or tensor.shape[0] != r or (tensor.dim() == 2 and tensor.shape[1] != 1):
+        raise ValueError(f"{name}: expected [{r}, 1] or [{r}], got {list(tensor.shape)}")
+
+
+def floating_state_dtype(tensors: list[Tensor]) -> torch.dtype:
+    """The dtype of state kept for these parameters: fp64 if any of them is fp64, else fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+__all__ = ["check_layer", "floating_state_dtype"]

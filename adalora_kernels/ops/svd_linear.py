@@ -1,0 +1,352 @@
+"""``svd_linear``: the AdaLoRA layer as one differentiable call, in eager mode and under ``torch.compile``.
+
+One derivation of the gradient serves both ways in. Eager calls go through ``_SVDLinear``, an autograd Function that
+calls the launcher directly (8 µs of host time; through the dispatcher it would be 23). Compiled calls go through
+``adalora::svd_linear_forward`` and ``adalora::svd_linear_backward``, which share the Function's ``setup_context`` and
+``backward``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from adalora_kernels.backends.select import Backend, Selection, implementation, select
+from adalora_kernels.ops.checks import check_layer
+
+_SEED_RANGE = 2**63 - 1
+
+
+def svd_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str | Backend | None = None,
+) -> Tensor:
+    """y = x Wᵀ + b + (drop(x) Aᵀ ⊙ c E ⊙ mask) Bᵀ (AdaLoRA, arXiv 2303.10512, equation 3).
+
+    The products run in the autocast dtype where autocast is on, else in x's dtype; weight and adapter are read in it,
+    whatever their own dtype. Saved for the backward: x itself, x Aᵀ [M, R] and the parameters.
+
+    Args:
+        x: [..., K], any leading shape and strides.
+        weight: W [N, K], any strides (pass ``weight.t()`` where it is stored [K, N]).
+        lora_A: Q [R, K].
+        lora_E: Λ [R, 1] or [R].
+        lora_B: P [N, R].
+        bias: [N] or None.
+        mask: [R] or [R, 1], multiplies Λ in the forward and its gradient; None lets Λ alone decide. Not differentiated.
+        scaling: c, the whole factor of the increment, that is alpha / (ranknum + 1e-5).
+        dropout_p: probability of dropping an element of x before A, in [0, 1].
+        training: whether dropout applies.
+        backend: "reference", "native", "triton", or None for the best that can run.
+
+    Returns:
+        y [..., N] in the dtype of the products.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: a shape, device or probability does not fit; the message names the argument.
+        RuntimeError: the backend asked for can't run.
+    """
+    return _call(x, weight, bias, None, lora_A, lora_E, lora_B, mask, scaling, dropout_p if training else 0.0, backend)
+
+
+def svd_linear_into(
+    base_output: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    *,
+    mask: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str | Backend | None = None,
+) -> Tensor:
+    """Add the increment into the output of a base that is not a plain weight (quantised, or any module).
+
+    In eager mode the sum is made in the memory of ``base_output``, which must not be used afterwards; a base that
+    hands back x itself, or something that shares x's memory, is copied first. Arguments and errors as in
+    ``svd_linear``.
+
+    Args:
+        base_output: [..., N], what the base answered for x.
+
+    Returns:
+        base_output + (drop(x) Aᵀ ⊙ c E ⊙ mask) Bᵀ, [..., N] in the dtype of ``base_output``.
+    """
+    return _call(
+        x, None, None, base_output, lora_A, lora_E, lora_B, mask, scaling, dropout_p if training else 0.0, backend
+    )
+
+
+def compute_dtype_of(x: Tensor) -> torch.dtype:
+    """The dtype of the products: autocast's where it is on and applies, else x's own."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def select_layer(x: Tensor, lora_A: Tensor, backend: str | Backend | None) -> Selection:
+    """The backend and plan that a layer call with these tensors takes, and why."""
+    return select("svd_linear", x.device.type, compute_dtype_of(x), lora_A.shape[0], backend)
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: str | Backend | None,
+) -> Tensor:
+    check_layer(x, weight, bias, base, lora_A, lora_E, lora_B, mask, dropout_p)
+    dtype = compute_dtype_of(x)
+    seed = None
+    if dropout_p > 0 and lora_A.shape[0] > 0:
+        # A tensor, so that no host sync is needed, a CUDA graph can replay it, and checkpointing regenerates it.
+        seed = torch.randint(_SEED_RANGE, (1,), dtype=torch.int64, device=x.device)
+    args = (x, weight, bias, base, lora_A, lora_E, lora_B, mask, seed, float(scaling), dropout_p, dtype)
+    if torch.compiler.is_compiling():
+        # Names only: the op chooses when it runs, where the compiler doesn't trace.
+        name = backend.value if isinstance(backend, Backend) else backend or "auto"
+        y, _ = torch.ops.adalora.svd_linear_forward(*args, name)
+    else:
+        chosen = select("svd_linear", x.device.type, dtype, lora_A.shape[0], backend).backend
+        y, _ = _SVDLinear.apply(*args, chosen)
+    return y
+
+
+def _launchers(backend: Backend) -> tuple[Any, Any]:
+    module = implementation("svd_linear", backend)
+    if backend is Backend.REFERENCE:
+        return module.forward, module.backward
+    return module.svd_linear_forward, module.svd_linear_backward
+
+
+def _u_columns(rank: int, backend: Backend) -> int:
+    """Width of u: R, padded to what the backend's matrix instructions need."""
+    if backend is Backend.TRITON:
+        from adalora_kernels.backends.triton import rank_padding
+
+        return rank_padding(rank)
+    return rank
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    compute_dtype: torch.dtype,
+    backend: Backend,
+) -> tuple[Tensor, Tensor]:
+    """Launch with tokens flattened; ``base`` is added to in place."""
+    launch, _ = _launchers(backend)
+    n = lora_B.shape[0]
+    base_2d = None if base is None else base.reshape(-1, n)
+    with torch.autocast(x.device.type, enabled=False):
+        y, u = launch(
+            x.reshape(-1, x.shape[-1]), weight, bias, base_2d, lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p,
+            compute_dtype,
+        )  # fmt: skip
+    # Not .view(): what a Function returns must not be a view, or users could no longer add to it in place.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], n)), u
+
+
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    compute_dtype: torch.dtype,
+    needs: list[bool],
+    backend: Backend,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight, bias, A, E, B, each None where ``needs`` doesn't ask for it."""
+    need_x, need_weight, need_bias, *need_adapter = needs
+    _, launch = _launchers(backend)
+    g = grad_y.reshape(-1, grad_y.shape[-1])
+    x_2d = x.reshape(-1, x.shape[-1])
+    dw = db = None
+    with torch.autocast(x.device.type, enabled=False):
+        dx, da, de, db_lora = launch(
+            g, x_2d, u, weight, lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, compute_dtype,
+            (need_x, *need_adapter),
+        )  # fmt: skip
+        if need_weight and weight is not None:
+            dw = (g.to(compute_dtype).t() @ x_2d.to(compute_dtype)).to(weight.dtype)
+        if need_bias and bias is not None:
+            db = g.sum(0).to(bias.dtype)
+    return None if dx is None else dx.view(x.shape), dw, db, da, de, db_lora
+
+
+class _SVDLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        base = args[3]
+        if base is not None:
+            # An alias that autograd doesn't follow: added to directly, a view would be copied five times. It shares
+            # the version counter, so a base that saved its output for its own backward is still told.
+            args = (*args[:3], _addable(base, args[0]), *args[4:])
+        return _forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, bias, _, lora_A, lora_E, lora_B, mask, seed, *rest = inputs
+        ctx.save_for_backward(x, output[1], weight, bias, lora_A, lora_E, lora_B, mask, seed)
+        ctx.arguments = rest
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad_y, _backward)
+
+
+def _gradients(ctx: Any, grad_y: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
+    """The gradient of each forward argument; ``run`` is ``_backward`` or the op that holds it."""
+    if grad_y is None:
+        return (None,) * 13
+    x, u, weight, bias, lora_A, lora_E, lora_B, mask, seed = ctx.saved_tensors
+    scaling, dropout_p, compute_dtype, backend = ctx.arguments
+    need = ctx.needs_input_grad
+    needs = [need[i] for i in (0, 1, 2, 4, 5, 6)]
+    dx, dw, db, da, de, db_lora = run(
+        grad_y,
+        x,
+        u,
+        weight,
+        bias,
+        lora_A,
+        lora_E,
+        lora_B,
+        mask,
+        seed,
+        scaling,
+        dropout_p,
+        compute_dtype,
+        needs,
+        backend,
+    )
+    base_grad = grad_y if need[3] else None
+    return (dx, dw, db, base_grad, da, de, db_lora, None, None, None, None, None, None)
+
+
+def _addable(base: Tensor, x: Tensor) -> Tensor:
+    """An alias of ``base`` that may be added to in place, or a copy where that would change something else."""
+    shares_x = base.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    is_leaf_parameter = base.requires_grad and base.is_leaf
+    alias = base.detach()
+    if shares_x or is_leaf_parameter or not alias.is_contiguous():
+        return alias.clone(memory_format=torch.contiguous_format)
+    return alias
+
+
+# The registered twin, for torch.compile: functional, so that ``base`` is copied (the compiler fuses the copy away).
+
+_LIBRARY = torch.library.Library("adalora", "FRAGMENT")
+_LAYER = (
+    "Tensor lora_A, Tensor lora_E, Tensor lora_B, Tensor? mask, Tensor? seed, float scaling, float dropout_p, "
+    "ScalarType compute_dtype"
+)
+_LIBRARY.define(
+    f"svd_linear_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? base, {_LAYER}, str backend)"
+    " -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"svd_linear_backward(Tensor grad_y, Tensor x, Tensor u, Tensor? weight, Tensor? bias, {_LAYER}, bool[] needs, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _resolve(x: Tensor, lora_A: Tensor, compute_dtype: torch.dtype, backend: str) -> Backend:
+    # int(): a rank is a constant of its layer, and the choice may depend on it.
+    return select("svd_linear", x.device.type, compute_dtype, int(lora_A.shape[0]), backend).backend
+
+
+def _forward_op(x: Tensor, weight: Any, bias: Any, base: Tensor | None, lora_A: Tensor, *rest: Any) -> Any:
+    *arguments, compute_dtype, backend = rest
+    base = None if base is None else base.clone(memory_format=torch.contiguous_format)
+    chosen = _resolve(x, lora_A, compute_dtype, backend)
+    return _forward(x, weight, bias, base, lora_A, *arguments, compute_dtype, chosen)
+
+
+def _forward_fake(x: Tensor, weight: Any, bias: Any, base: Tensor | None, lora_A: Tensor, *rest: Any) -> Any:
+    lora_B, compute_dtype, backend = rest[1], rest[-2], rest[-1]
+    y = x.new_empty((*x.shape[:-1], lora_B.shape[0]), dtype=compute_dtype if base is None else base.dtype)
+    columns = _u_columns(lora_A.shape[0], _resolve(x, lora_A, compute_dtype, backend))
+    return y, x.new_empty((math.prod(x.shape[:-1]), columns), dtype=compute_dtype)
+
+
+def _backward_op(*args: Any) -> tuple[Tensor, ...]:
+    """A schema can't return an optional tensor: what was not asked for is an empty one."""
+    *arguments, compute_dtype, needs, backend = args
+    chosen = _resolve(args[1], args[5], compute_dtype, backend)
+    grads = _backward(*arguments, compute_dtype, needs, chosen)
+    return tuple(args[0].new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _backward_fake(grad_y: Tensor, x: Tensor, u: Tensor, weight: Any, bias: Any, *rest: Any) -> tuple[Tensor, ...]:
+    needs = rest[-2]
+    owners = (x, weight, bias, *rest[:3])
+    return tuple(
+        owner.new_empty(owner.shape) if need and owner is not None else grad_y.new_empty(0)
+        for owner, need in zip(owners, needs, strict=True)
+    )
+
+
+def _backward_registered(*args: Any) -> tuple[Tensor | None, ...]:
+    needs = args[-2]
+    grads = torch.ops.adalora.svd_linear_backward(*args)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+_LIBRARY.impl("svd_linear_forward", _forward_op, "CompositeExplicitAutograd")
+_LIBRARY.impl("svd_linear_backward", _backward_op, "CompositeExplicitAutograd")
+torch.library.register_fake("adalora::svd_linear_forward", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("adalora::svd_linear_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "adalora::svd_linear_forward",
+    lambda ctx, grad_y, grad_u: _gradients(ctx, grad_y, _backward_registered),
+    setup_context=lambda ctx, inputs, output: _SVDLinear.setup_context(ctx, inputs, output),
+    lib=_LIBRARY,
+)
+
+
+__all__ = ["compute_dtype_of", "select_layer", "svd_linear", "svd_linear_into"]
