@@ -1,8 +1,8 @@
 """Builds the compiled extension: adalora_kernels._C (CPU) always, adalora_kernels._C_cuda where nvcc is found.
 
 Both use PyTorch's stable ABI (from torch 2.10 on) and Python's limited API (from 3.10 on). On x86-64 the hot loops in
-csrc/cpu/simd are compiled once for every instruction set and chosen when they run, so that a build runs on any machine. No device is probed
-and nothing is downloaded.
+csrc/cpu/simd are compiled once for every instruction set and chosen when they run, so that a build runs on any machine.
+No device is probed and nothing is downloaded.
 
 Environment: ADALORA_BUILD_CUDA=0 leaves _C_cuda out, =1 demands it. CXX and CXXFLAGS are honoured.
 """
@@ -32,6 +32,7 @@ INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
+DARWIN_LINK = ["-bundle", "-undefined", "dynamic_lookup"]
 # The PTX of compute_80 serves the architectures that have no code of their own.
 GENCODE = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a", "arch=compute_100a,code=sm_100a"]
 
@@ -63,7 +64,7 @@ class BuildExtension(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         objects = Path(self.build_temp) / ext.name
-        includes = [f"-I{path}" for path in ["csrc", *include_paths(), *self.include_dirs]]
+        includes = ["-Icsrc", *(f for path in [*include_paths(), *self.include_dirs] for f in ("-isystem", path))]
         commands, outputs = [], []
         for source in ext.sources:
             for label, command in self.compilers(ext, source):
@@ -73,9 +74,8 @@ class BuildExtension(build_ext):
                 outputs.append(str(output))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(self.execute_command, commands))
-        libraries = [flag for path in library_paths() for flag in (f"-L{path}",)]
-        # Not resolved by symbol: libtorch brings libtorch_cuda along where torch has it.
-        libraries += ["-ltorch", "-ltorch_cpu", "-lc10"]
+        # libtorch is needed for what it brings along: libtorch_cuda, where torch has one.
+        libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch", "-ltorch_cpu", "-lc10"]
         self.execute_command([*self.linker(ext), *outputs, *libraries, "-o", str(target)])
 
     def compilers(self, ext: Extension, source: str) -> list[tuple[str, list[str]]]:
@@ -95,7 +95,7 @@ class BuildExtension(build_ext):
         """Command that links ``ext``, without its inputs."""
         if ext.name.endswith("_cuda"):
             return [find_nvcc() or "nvcc", "-shared", "-cudart", "static", "-Xlinker", "--no-as-needed"]
-        return [*self.cxx(), *(["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"])]
+        return [*self.cxx(), *(DARWIN_LINK if sys.platform == "darwin" else ["-shared"])]
 
     @staticmethod
     def cxx() -> list[str]:

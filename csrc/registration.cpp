@@ -6,6 +6,9 @@
 
 STABLE_TORCH_LIBRARY(adalora_native, m) {
   m.def("instruction_set() -> str");
+  m.def(
+      "importance_update(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor tensors, float beta1, "
+      "float beta2) -> Tensor");
   m.def("mask_to_budget(Tensor scores, Tensor(a!) live, Tensor enabled, Tensor values, int budget) -> Tensor");
   m.def("zero_pruned(Tensor live, Tensor values) -> ()");
 }
@@ -15,6 +18,7 @@ STABLE_TORCH_LIBRARY_IMPL(adalora_native, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adalora_native, CPU, m) {
+  m.impl("importance_update", TORCH_BOX(&adalora::cpu::importance_update));
   m.impl("mask_to_budget", TORCH_BOX(&adalora::cpu::mask_to_budget));
   m.impl("zero_pruned", TORCH_BOX(&adalora::cpu::zero_pruned));
 }

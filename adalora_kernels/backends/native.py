@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adalora_kernels.backends.native_layer import svd_linear_backward, svd_linear_forward
+from adalora_kernels.reference.importance import TripletLayout
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
 
@@ -42,6 +43,65 @@ def unavailable_reason(device_type: str = "cpu") -> str | None:
 def instruction_set() -> str:
     """The CPU instruction set in use: baseline, avx2 or avx512 (``ADALORA_CPU_ISA`` names a narrower one)."""
     return str(_ops("cpu").instruction_set())
+
+
+def importance_update(
+    layout: TripletLayout,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    state: Tensor,
+    half: Tensor,
+    scores: Tensor,
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    """One step of the averages of all layers in one sweep; see ``reference.importance.importance_update``.
+
+    Bitwise repeatable, whatever the number of threads. Parameters and gradients that aren't contiguous are copied.
+
+    Raises:
+        ValueError: where a shape or a device is not the layout's or the state's.
+        TypeError: where a dtype is none that the extension reads.
+    """
+    device_type = state.device.type
+    ops = _ops(device_type)
+    if state.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"state: expected float32 or float64, got {_describe(state)}")
+    _check("state", state, state.dtype, 4 * layout.total_elements, device_type)
+    _check("half", half, torch.int32, 1, device_type)
+    _check("scores", scores, state.dtype, layout.total_rank, device_type)
+    shapes, expected = _layout_tables(layout)
+    read_params = _readable("params", params, expected, device_type)
+    read_grads = _readable("grads", grads, expected, device_type)
+    tensors = _table(*_columns("params", read_params), *_columns("grads", read_grads))
+    finite: Tensor = ops.importance_update(state, half, scores, shapes, tensors, beta1, beta2)
+    return finite
+
+
+@lru_cache(maxsize=16)
+def _layout_tables(layout: TripletLayout) -> tuple[Tensor, list[tuple[int, int]]]:
+    """R, K, N of each layer as int64 [3, n], and the shapes of the 3n parameters."""
+    shapes = _table(*zip(*layout.shapes, strict=True)) if layout.shapes else torch.empty(3, 0, dtype=torch.int64)
+    return shapes, [shape for r, k, n in layout.shapes for shape in ((r, k), (r, 1), (n, r))]
+
+
+def _readable(
+    name: str, tensors: Sequence[Tensor | None], expected: list[tuple[int, int]], device_type: str
+) -> list[Tensor | None]:
+    """The tensors, contiguous, after a check of number, shapes and devices."""
+    if len(tensors) != len(expected):
+        raise ValueError(f"{name}: expected {len(expected)} tensors, three a layer, got {len(tensors)}")
+    for i, (tensor, shape) in enumerate(zip(tensors, expected, strict=True)):
+        if tensor is not None and (tensor.shape != shape or tensor.device.type != device_type):
+            raise ValueError(f"{name}[{i}]: expected shape {list(shape)} on {device_type}, got {_describe(tensor)}")
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+
+
+def _columns(name: str, tensors: Sequence[Tensor | None]) -> tuple[list[int], list[int]]:
+    """Addresses and dtype codes; 0 and 0 for None."""
+    dtypes = _dtypes(name, [t for t in tensors if t is not None])
+    codes = iter(dtypes)
+    return [0 if t is None else t.data_ptr() for t in tensors], [0 if t is None else next(codes) for t in tensors]
 
 
 def mask_to_budget(
@@ -125,6 +185,7 @@ def _table(*rows: Iterable[int]) -> Tensor:
 
 
 __all__ = [
+    "importance_update",
     "instruction_set",
     "mask_to_budget",
     "svd_linear_backward",

@@ -10,6 +10,8 @@ namespace adalora::cpu {
 
 std::string instruction_set();
 
+Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& tensors, double beta1,
+                         double beta2);
 Tensor mask_to_budget(const Tensor& scores, Tensor live, const Tensor& enabled, const Tensor& values, int64_t budget);
 void zero_pruned(const Tensor& live, const Tensor& values);
 

@@ -1,0 +1,24 @@
+// Work items over PyTorch's threads (torch.set_num_threads).
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <atomic>
+#include <cstdint>
+
+namespace adalora::cpu {
+
+// Calls work(item, scratch) for every item in [0, items); each thread makes one scratch. Threads draw the items one by
+// one, so that one that is held up delays nothing but its own; results must not depend on who does which.
+template <typename MakeScratch, typename Work>
+void for_each_item(int64_t items, bool threaded, const MakeScratch& make_scratch, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const auto draw = [&](int64_t, int64_t) {
+    auto scratch = make_scratch();
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) work(item, scratch);
+  };
+  if (!threaded || items < 2) return draw(0, 1);
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, draw);
+}
+
+}  // namespace adalora::cpu
