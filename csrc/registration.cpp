@@ -11,6 +11,8 @@ STABLE_TORCH_LIBRARY(adalora_native, m) {
       "float beta2) -> Tensor");
   m.def("mask_to_budget(Tensor scores, Tensor(a!) live, Tensor enabled, Tensor values, int budget) -> Tensor");
   m.def("zero_pruned(Tensor live, Tensor values) -> ()");
+  m.def("orthogonality(Tensor matrices, float factor, bool squared, bool fp64) -> Tensor");
+  m.def("dropout(Tensor x, int threshold, float scale, Tensor seed) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adalora_native, CompositeExplicitAutograd, m) {
@@ -21,6 +23,8 @@ STABLE_TORCH_LIBRARY_IMPL(adalora_native, CPU, m) {
   m.impl("importance_update", TORCH_BOX(&adalora::cpu::importance_update));
   m.impl("mask_to_budget", TORCH_BOX(&adalora::cpu::mask_to_budget));
   m.impl("zero_pruned", TORCH_BOX(&adalora::cpu::zero_pruned));
+  m.impl("orthogonality", TORCH_BOX(&adalora::cpu::orthogonality));
+  m.impl("dropout", TORCH_BOX(&adalora::cpu::dropout));
 }
 
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -70,38 +70,19 @@ def importance_update(
     _check("state", state, state.dtype, 4 * layout.total_elements, device_type)
     _check("half", half, torch.int32, 1, device_type)
     _check("scores", scores, state.dtype, layout.total_rank, device_type)
-    shapes, expected = _layout_tables(layout)
-    read_params = _readable("params", params, expected, device_type)
-    read_grads = _readable("grads", grads, expected, device_type)
-    tensors = _table(*_columns("params", read_params), *_columns("grads", read_grads))
-    finite: Tensor = ops.importance_update(state, half, scores, shapes, tensors, beta1, beta2)
+    sizes, shapes = _layout_tables(layout)
+    read_params, param_rows = _described("params", params, shapes, state.device)
+    read_grads, grad_rows = _described("grads", grads, shapes, state.device)
+    finite: Tensor = ops.importance_update(state, half, scores, sizes, _table(*param_rows, *grad_rows), beta1, beta2)
+    del read_params, read_grads  # until here they keep copies alive, whose addresses the table holds
     return finite
 
 
 @lru_cache(maxsize=16)
-def _layout_tables(layout: TripletLayout) -> tuple[Tensor, list[tuple[int, int]]]:
+def _layout_tables(layout: TripletLayout) -> tuple[Tensor, list[tuple[int, ...]]]:
     """R, K, N of each layer as int64 [3, n], and the shapes of the 3n parameters."""
-    shapes = _table(*zip(*layout.shapes, strict=True)) if layout.shapes else torch.empty(3, 0, dtype=torch.int64)
-    return shapes, [shape for r, k, n in layout.shapes for shape in ((r, k), (r, 1), (n, r))]
-
-
-def _readable(
-    name: str, tensors: Sequence[Tensor | None], expected: list[tuple[int, int]], device_type: str
-) -> list[Tensor | None]:
-    """The tensors, contiguous, after a check of number, shapes and devices."""
-    if len(tensors) != len(expected):
-        raise ValueError(f"{name}: expected {len(expected)} tensors, three a layer, got {len(tensors)}")
-    for i, (tensor, shape) in enumerate(zip(tensors, expected, strict=True)):
-        if tensor is not None and (tensor.shape != shape or tensor.device.type != device_type):
-            raise ValueError(f"{name}[{i}]: expected shape {list(shape)} on {device_type}, got {_describe(tensor)}")
-    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
-
-
-def _columns(name: str, tensors: Sequence[Tensor | None]) -> tuple[list[int], list[int]]:
-    """Addresses and dtype codes; 0 and 0 for None."""
-    dtypes = _dtypes(name, [t for t in tensors if t is not None])
-    codes = iter(dtypes)
-    return [0 if t is None else t.data_ptr() for t in tensors], [0 if t is None else next(codes) for t in tensors]
+    sizes = torch.tensor(layout.shapes, dtype=torch.int64).reshape(-1, 3).t().contiguous()
+    return sizes, [shape for r, k, n in layout.shapes for shape in ((r, k), (r, 1), (n, r))]
 
 
 def mask_to_budget(
@@ -130,15 +111,63 @@ def zero_pruned(live: Tensor, lora_E: Sequence[Tensor]) -> None:
     torch.autograd.graph.increment_version(lora_E)
 
 
+def orthogonality(
+    lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], weight: float, squared: bool, need_grad: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Value and gradient of the regulariser over all matrices; see ``reference.orthogonality.orthogonality``.
+
+    Bitwise repeatable, whatever the number of threads. The gradients of one dtype are views of one buffer.
+    """
+    ops = _ops("cpu")
+    if not lora_A or len(lora_A) != len(lora_B):
+        raise ValueError(f"lora_A, lora_B: expected the same number, at least 1, got {len(lora_A)} and {len(lora_B)}")
+    matrices = [*lora_A, *lora_B]
+    if any(m.dim() != 2 for m in matrices):
+        raise ValueError(
+            f"lora_A, lora_B: expected 2 dimensions, got {[_describe(m) for m in matrices if m.dim() != 2]}"
+        )
+    shapes = [m.shape for m in matrices]
+    ranks = [*(shape[0] for shape in shapes[: len(lora_A)]), *(shape[1] for shape in shapes[len(lora_A) :])]
+    lengths = [*(shape[1] for shape in shapes[: len(lora_A)]), *(shape[0] for shape in shapes[len(lora_A) :])]
+    read, (addresses, codes) = _described("lora_A, lora_B", matrices, shapes, torch.device("cpu"))
+    grads = _like(matrices) if need_grad else []
+    targets = [g.data_ptr() for g in grads] if need_grad else [0] * len(matrices)
+    fp64 = any(m.dtype == torch.float64 for m in matrices)
+    table = _table(addresses, codes, ranks, lengths, targets)
+    value: Tensor = ops.orthogonality(table, weight if squared else weight / len(matrices), squared, fp64)
+    del read  # until here it keeps copies alive, whose addresses the table holds
+    return value, grads
+
+
+def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """x [M, K] with each element dropped with probability p; the mask of ``reference.philox.dropout``."""
+    ops = _ops("cpu")
+    if x.dim() != 2 or x.device.type != "cpu":
+        raise ValueError(f"x: expected 2 dimensions on cpu, got {_describe(x)}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p: expected a probability, got {p}")
+    _codes("x", [x])
+    _check("seed", seed, torch.int64, 1)
+    dropped: Tensor = ops.dropout(x, round(p * 2**32), 1.0 / (1.0 - p) if p < 1 else 0.0, seed)
+    return dropped
+
+
+def _like(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Uninitialised tensors of the same shapes and dtypes, those of one dtype in one buffer."""
+    sizes: dict[torch.dtype, list[int]] = {}
+    for m in matrices:
+        sizes.setdefault(m.dtype, []).append(m.numel())
+    parts = {dtype: iter(torch.empty(sum(counts), dtype=dtype).split(counts)) for dtype, counts in sizes.items()}
+    return [next(parts[m.dtype]).view(m.shape) for m in matrices]
+
+
 def _values_table(lora_E: Sequence[Tensor], total_rank: int) -> Tensor:
     """Address, dtype, size and stride of each E."""
     counts = [e.numel() for e in lora_E]
     if sum(counts) != total_rank:
         raise ValueError(f"lora_E: expected {total_rank} values, as many as triplets, got {sum(counts)}")
-    for i, e in enumerate(lora_E):
-        if e.shape not in ((counts[i], 1), (counts[i],)):
-            raise ValueError(f"lora_E[{i}]: expected shape [R, 1], got {_describe(e)}")
-    return _table(_addresses("lora_E", lora_E), _dtypes("lora_E", lora_E), counts, [e.stride(0) for e in lora_E])
+    _checked("lora_E", lora_E, [(count, 1) for count in counts], torch.device("cpu"))
+    return _table([e.data_ptr() for e in lora_E], _codes("lora_E", lora_E), counts, [e.stride(0) for e in lora_E])
 
 
 def _ops(device_type: str) -> Any:
@@ -160,18 +189,46 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device_typ
         raise ValueError(f"{name}: expected {numel} contiguous elements on {device_type}, got {_describe(tensor)}")
 
 
-def _dtypes(name: str, tensors: Sequence[Tensor]) -> list[int]:
-    try:
-        return [_DTYPE_CODES[t.dtype] for t in tensors]
-    except KeyError as error:
-        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {error.args[0]}") from None
+def _checked(
+    name: str, tensors: Sequence[Tensor | None], shapes: list[tuple[int, ...]], device: torch.device
+) -> list[Tensor]:
+    """The tensors that are there, after a check of shapes and device: all at once, since this runs in every step."""
+    if len(tensors) != len(shapes):
+        raise ValueError(f"{name}: expected {len(shapes)} tensors, got {len(tensors)}")
+    present = [t for t in tensors if t is not None]
+    if len(present) < len(shapes):
+        expected = [shape for shape, t in zip(shapes, tensors, strict=True) if t is not None]
+    else:
+        expected = shapes
+    if [t.shape for t in present] != expected or not {t.device for t in present} <= {device}:
+        for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+            if tensor is not None and (tensor.shape != shape or tensor.device != device):
+                raise ValueError(f"{name}[{i}]: expected shape {list(shape)} on {device}, got {_describe(tensor)}")
+    return present
 
 
-def _addresses(name: str, tensors: Sequence[Tensor], device_type: str = "cpu") -> list[int]:
-    if any(t.device.type != device_type for t in tensors):
-        found = sorted({str(t.device) for t in tensors})
-        raise ValueError(f"{name}: expected tensors on {device_type}, got {', '.join(found)}")
-    return [t.data_ptr() for t in tensors]
+def _described(
+    name: str, tensors: Sequence[Tensor | None], shapes: list[tuple[int, ...]], device: torch.device
+) -> tuple[list[Tensor], tuple[list[int], list[int]]]:
+    """The tensors that are there, contiguous, and addresses and dtype codes of all, 0 where one is missing."""
+    present = _checked(name, tensors, shapes, device)
+    if not all(map(Tensor.is_contiguous, present)):
+        present = [t.contiguous() for t in present]
+    addresses, codes = [t.data_ptr() for t in present], _codes(name, present)
+    if len(present) < len(shapes):
+        remaining = zip(addresses, codes, strict=True)
+        pairs = [(0, 0) if t is None else next(remaining) for t in tensors]
+        addresses, codes = [address for address, _ in pairs], [code for _, code in pairs]
+    return present, (addresses, codes)
+
+
+def _codes(name: str, tensors: Sequence[Tensor]) -> list[int]:
+    dtypes = {t.dtype for t in tensors}
+    if unknown := dtypes - _DTYPE_CODES.keys():
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {unknown.pop()}")
+    if len(dtypes) == 1:
+        return [_DTYPE_CODES[dtypes.pop()]] * len(tensors)
+    return [_DTYPE_CODES[t.dtype] for t in tensors]
 
 
 def _table(*rows: Iterable[int]) -> Tensor:
@@ -185,9 +242,11 @@ def _table(*rows: Iterable[int]) -> Tensor:
 
 
 __all__ = [
+    "dropout",
     "importance_update",
     "instruction_set",
     "mask_to_budget",
+    "orthogonality",
     "svd_linear_backward",
     "svd_linear_forward",
     "unavailable_reason",

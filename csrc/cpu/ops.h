@@ -14,5 +14,7 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
                          double beta2);
 Tensor mask_to_budget(const Tensor& scores, Tensor live, const Tensor& enabled, const Tensor& values, int64_t budget);
 void zero_pruned(const Tensor& live, const Tensor& values);
+Tensor orthogonality(const Tensor& matrices, double factor, bool squared, bool fp64);
+Tensor dropout(const Tensor& x, int64_t threshold, double scale, const Tensor& seed);
 
 }  // namespace adalora::cpu

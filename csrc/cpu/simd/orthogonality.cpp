@@ -1,0 +1,174 @@
+#include "cpu/simd/orthogonality.h"
+
+#include "cpu/simd/vec.h"
+#include "cpu/simd/widen.h"
+
+namespace adalora::cpu::ADALORA_ISA {
+
+namespace {
+
+constexpr int kTile = 4;      // rows of A against rows of A
+constexpr int kRows = 8;      // rows of B at a time
+constexpr int64_t kFold = 512;  // rows of B summed in T before they go on in fp64
+
+// C[i, j] += Σ_k A[i, k] A[j, k] for one kTile × kTile tile, vectors along k.
+template <typename T>
+ADALORA_INLINE void gram_tile(const T* const* left, const T* const* right, int64_t count, double (&c)[kTile][kTile]) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> acc[kTile][kTile] = {};
+  int64_t k = 0;
+  for (; k + lanes <= count; k += lanes) {
+    Vec<T> r[kTile];
+    for (int j = 0; j < kTile; ++j) r[j] = load(right[j] + k);
+    for (int i = 0; i < kTile; ++i) {
+      const Vec<T> l = load(left[i] + k);
+      for (int j = 0; j < kTile; ++j) acc[i][j] += l * r[j];
+    }
+  }
+  if (k < count) {
+    for (int i = 0; i < kTile; ++i) {
+      const Vec<T> l = load_first(left[i] + k, count - k);
+      for (int j = 0; j < kTile; ++j) acc[i][j] += l * load_first(right[j] + k, count - k);
+    }
+  }
+  for (int i = 0; i < kTile; ++i)
+    for (int j = 0; j < kTile; ++j) c[i][j] = sum<T>(acc[i][j]);
+}
+
+template <typename T>
+void gram_rows(const T* a, int64_t rank, int64_t length, const T* zeros, double* gram) {
+  for (int64_t i = 0; i < rank * rank; ++i) gram[i] = 0;
+  for (int64_t begin = 0; begin < length; begin += kRowBlock) {
+    const int64_t count = length - begin < kRowBlock ? length - begin : kRowBlock;
+    const auto row = [=](int64_t i) { return i < rank ? a + i * length + begin : zeros; };
+    for (int64_t i0 = 0; i0 < rank; i0 += kTile) {
+      const T* left[kTile] = {row(i0), row(i0 + 1), row(i0 + 2), row(i0 + 3)};
+      for (int64_t j0 = i0; j0 < rank; j0 += kTile) {
+        const T* right[kTile] = {row(j0), row(j0 + 1), row(j0 + 2), row(j0 + 3)};
+        double c[kTile][kTile];
+        gram_tile<T>(left, right, count, c);
+        for (int64_t i = 0; i < kTile && i0 + i < rank; ++i)
+          for (int64_t j = 0; j < kTile && j0 + j < rank; ++j) gram[(i0 + i) * rank + j0 + j] += c[i][j];
+      }
+    }
+  }
+}
+
+// Rows of B from `begin` on of which a whole register may be read at any multiple of the lanes below the rank.
+template <typename T>
+ADALORA_INLINE int64_t readable_rows(int64_t rank, int64_t length) {
+  const int64_t reach = (rank + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  const int64_t wide = reach > (rank + kRows - 1) / kRows * kRows ? reach : (rank + kRows - 1) / kRows * kRows;
+  const int64_t last = length * rank - wide;
+  return last < 0 ? 0 : last / rank + 1;
+}
+
+// C[i, j…] += Σ_n B[n, i] B[n, j…], vectors along j. Lanes and rows past the rank hold what follows in memory: dropped.
+template <typename T>
+ADALORA_INLINE void gram_slab(const T* b, int64_t rank, int64_t safe, int64_t begin, int64_t end, double* gram) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t whole = end < safe ? end : safe;
+  for (int64_t i0 = 0; i0 < rank; i0 += kRows) {
+    for (int64_t j0 = i0 / lanes * lanes; j0 < rank; j0 += lanes) {
+      Vec<T> acc[kRows] = {};
+      int64_t n = begin;
+      for (; n < whole; ++n) {
+        const Vec<T> row = load(b + n * rank + j0);
+        for (int i = 0; i < kRows; ++i) acc[i] += b[n * rank + i0 + i] * row;
+      }
+      for (; n < end; ++n) {
+        const Vec<T> row = load_first(b + n * rank + j0, rank - j0);
+        for (int i = 0; i < kRows; ++i)
+          if (i0 + i < rank) acc[i] += b[n * rank + i0 + i] * row;
+      }
+      for (int64_t i = 0; i < kRows && i0 + i < rank; ++i)
+        for (int64_t j = 0; j < lanes && j0 + j < rank; ++j) gram[(i0 + i) * rank + j0 + j] += acc[i][j];
+    }
+  }
+}
+
+template <typename T>
+void gram_columns(const T* b, int64_t rank, int64_t length, double* gram) {
+  for (int64_t i = 0; i < rank * rank; ++i) gram[i] = 0;
+  const int64_t safe = readable_rows<T>(rank, length);
+  for (int64_t begin = 0; begin < length; begin += kFold)
+    gram_slab<T>(b, rank, safe, begin, begin + kFold < length ? begin + kFold : length, gram);
+}
+
+// out[i, k…] = Σ_j D[i, j] A[j, k…], kTile rows and two vectors along k at a time.
+template <typename T>
+void times_rows(const T* d, const T* a, int64_t rank, int64_t length, T* out) {
+  constexpr int lanes = kLanes<T>, kWide = 2;
+  const int64_t stride = padded(rank);
+  int64_t k = 0;
+  for (; k + kWide * lanes <= length; k += kWide * lanes) {
+    for (int64_t i0 = 0; i0 < rank; i0 += kTile) {
+      Vec<T> acc[kTile][kWide] = {};
+      for (int64_t j = 0; j < rank; ++j) {
+        const Vec<T> first = load(a + j * length + k), second = load(a + j * length + k + lanes);
+        for (int i = 0; i < kTile; ++i) {
+          const T factor = d[j * stride + i0 + i];
+          acc[i][0] += factor * first;
+          acc[i][1] += factor * second;
+        }
+      }
+      for (int64_t i = 0; i < kTile && i0 + i < rank; ++i)
+        for (int w = 0; w < kWide; ++w) store(out + (i0 + i) * length + k + w * lanes, acc[i][w]);
+    }
+  }
+  for (int64_t i = 0; i < rank; ++i)
+    for (int64_t l = k; l < length; ++l) {
+      T total = 0;
+      for (int64_t j = 0; j < rank; ++j) total += d[j * stride + i] * a[j * length + l];
+      out[i * length + l] = total;
+    }
+}
+
+// out[n, j…] = Σ_i B[n, i] D[i, j…], kRows rows at a time. A whole register is written at the end of a row too: the next
+// row, written after it, puts that right; so the last rows are written number by number.
+template <typename T>
+void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out) {
+  constexpr int lanes = kLanes<T>;
+  const int64_t stride = padded(rank);
+  const int64_t safe = readable_rows<T>(rank, length);
+  int64_t n = 0;
+  if (rank <= lanes) {
+    for (; n + kRows <= safe; n += kRows) {
+      Vec<T> acc[kRows] = {};
+      for (int64_t i = 0; i < rank; ++i) {
+        const Vec<T> row = load(d + i * stride);
+        for (int t = 0; t < kRows; ++t) acc[t] += b[(n + t) * rank + i] * row;
+      }
+      for (int t = 0; t < kRows; ++t) store(out + (n + t) * rank, acc[t]);
+    }
+  } else {
+    // The last vector of a row ends with it and overlaps the one before, so nothing is written past the row.
+    for (; n + kRows <= length; n += kRows) {
+      for (int64_t j0 = 0; j0 < rank; j0 += lanes) {
+        const int64_t j = j0 + lanes <= rank ? j0 : rank - lanes;
+        Vec<T> acc[kRows] = {};
+        for (int64_t i = 0; i < rank; ++i) {
+          const Vec<T> row = load(d + i * stride + j);
+          for (int t = 0; t < kRows; ++t) acc[t] += b[(n + t) * rank + i] * row;
+        }
+        for (int t = 0; t < kRows; ++t) store(out + (n + t) * rank + j, acc[t]);
+      }
+    }
+  }
+  for (; n < length; ++n)
+    for (int64_t j = 0; j < rank; ++j) {
+      T total = 0;
+      for (int64_t i = 0; i < rank; ++i) total += b[n * rank + i] * d[i * stride + j];
+      out[n * rank + j] = total;
+    }
+}
+
+}  // namespace
+
+extern const OrthogonalityKernels orthogonality_kernels;
+const OrthogonalityKernels orthogonality_kernels = {
+    {gram_rows<float>, gram_columns<float>, times_rows<float>, times_columns<float>, widen<float>, narrow<float>},
+    {gram_rows<double>, gram_columns<double>, times_rows<double>, times_columns<double>, widen<double>, narrow<double>},
+};
+
+}  // namespace adalora::cpu::ADALORA_ISA
