@@ -41,7 +41,7 @@ class BudgetSchedule:
 
     Args:
         total_step: T, in optimizer steps counted from 0.
-        initial_warmup: t_i.
+        init_warmup: t_i.
         final_warmup: t_f.
         mask_interval: ΔT.
         initial_rank: b⁰, the total rank at the start.
@@ -54,7 +54,7 @@ class BudgetSchedule:
     """
 
     total_step: int
-    initial_warmup: int
+    init_warmup: int
     final_warmup: int
     mask_interval: int
     initial_rank: int
@@ -62,15 +62,15 @@ class BudgetSchedule:
     variant: str = "original"
 
     def __post_init__(self) -> None:
-        for name in ("initial_warmup", "final_warmup", "initial_rank", "target_rank"):
+        for name in ("init_warmup", "final_warmup", "initial_rank", "target_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.mask_interval < 1:
             raise ValueError(f"mask_interval: expected at least 1, got {self.mask_interval}")
-        if self.total_step <= self.initial_warmup + self.final_warmup:
+        if self.total_step <= self.init_warmup + self.final_warmup:
             raise ValueError(
-                f"total_step: expected more than initial_warmup + final_warmup = "
-                f"{self.initial_warmup + self.final_warmup}, got {self.total_step}"
+                f"total_step: expected more than init_warmup + final_warmup = "
+                f"{self.init_warmup + self.final_warmup}, got {self.total_step}"
             )
         if self.variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}; got {self.variant!r}")
@@ -82,11 +82,11 @@ class BudgetSchedule:
 
     def budget(self, step: int) -> int:
         """b at ``step``."""
-        if step <= self.initial_warmup:
+        if step <= self.init_warmup:
             return self.initial_rank
         if step > self.pruning_end:
             return self.target_rank
-        left = 1 - (step - self.initial_warmup) / (self.pruning_end - self.initial_warmup)
+        left = 1 - (step - self.init_warmup) / (self.pruning_end - self.init_warmup)
         return int(self.target_rank + (self.initial_rank - self.target_rank) * left**3)
 
     def plan(self, step: int) -> StepPlan:
@@ -98,7 +98,7 @@ class BudgetSchedule:
         if step < 0:
             raise ValueError(f"step: expected at least 0, got {step}")
         budget, end = self.budget(step), self.pruning_end
-        due = self.initial_warmup < step <= end and step % self.mask_interval == 0
+        due = self.init_warmup < step <= end and step % self.mask_interval == 0
         if step < end:
             return StepPlan(budget, update=True, rank=due)
         if self.variant == "peft":

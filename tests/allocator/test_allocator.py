@@ -1,0 +1,340 @@
+"""RankAllocator against the original's algorithm: in lockstep in fp32, free-running in fp64; and its edges."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adalora_kernels import RankAllocator, SVDLinear, compute_orth_regu
+from adalora_kernels.allocator import find_triplets
+from adalora_kernels.testing.original import OriginalAllocator
+
+BACKENDS = ("reference", "native")
+SETTINGS: dict[str, Any] = {"lora_r": 6, "target_rank": 2, "init_warmup": 15, "final_warmup": 60, "mask_interval": 5,
+                            "beta1": 0.85, "beta2": 0.85}  # fmt: skip
+
+
+def network(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for k, n, r in ((24, 40, 6), (40, 33, 5), (33, 40, 8), (40, 10, 6)):
+        layers += [SVDLinear(k, n, r=r, lora_alpha=8, dtype=dtype), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def batch(step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    x = torch.randn(16, 24, generator=generator, dtype=torch.float64)
+    target = torch.sin(x[:, :10] * 2) + 0.3 * x[:, 10:20]
+    return x.to(dtype), target.to(dtype)
+
+
+def loss_of(model: nn.Module, step: int, dtype: torch.dtype) -> Tensor:
+    x, target = batch(step, dtype)
+    return (model(x) - target).square().mean() + compute_orth_regu(model, 0.1)
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+
+
+def copies(model: nn.Module, grads: bool = False) -> dict[tuple[str, str], Tensor]:
+    return {
+        (t.name, kind): (p.grad if grads else p).detach().clone()  # type: ignore[union-attr]
+        for t in find_triplets(model)
+        for kind, p in zip("AEB", t.parameters, strict=True)
+    }
+
+
+def averages(allocator: RankAllocator) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    layout = allocator.importance.layout
+    average, uncertainty = allocator.importance.current()
+    keys = [(t.name, kind) for t in allocator.triplets for kind in "AEB"]
+    return {
+        key: (average[layout.offsets[i] : layout.offsets[i + 1]], uncertainty[layout.offsets[i] : layout.offsets[i + 1]])
+        for i, key in enumerate(keys)
+    }
+
+
+def oracle_of(model: nn.Module, total_step: int) -> OriginalAllocator:
+    names = [t.name for t in find_triplets(model)]
+    return OriginalAllocator(names, 15, 60, 5, total_step, 2 * len(names))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lockstep_with_the_original_fp32(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One training of 200 steps; at every step the oracle gets copies of the same parameters and gradients."""
+    total_step, ties, ranked = 200, 0, 0
+    model = network()
+    allocator = RankAllocator(model, **SETTINGS, total_step=total_step, backend=backend)
+    oracle, optimizer = oracle_of(model, total_step), adam(model)
+    for step in range(total_step):
+        loss_of(model, step, torch.float32).backward()
+        optimizer.step()
+        params, grads = copies(model), copies(model, grads=True)
+        budget, threshold = allocator.update_and_mask(model, step)
+        want_budget, want_threshold, want_live = oracle.step(step, params, grads)
+        assert budget == want_budget and (threshold is None) == (want_threshold is None)
+        for key, (average, uncertainty) in averages(allocator).items():
+            torch.testing.assert_close(average, oracle.average[key].reshape(-1), rtol=2e-6, atol=1e-30)
+            torch.testing.assert_close(uncertainty, oracle.uncertainty[key].reshape(-1), rtol=2e-6, atol=1e-12)
+        if threshold is not None and want_threshold is not None:
+            ranked += 1
+            torch.testing.assert_close(threshold.item(), want_threshold, rtol=1e-5, atol=0)
+            live = torch.tensor([flag for row in allocator.get_rank_pattern().values() for flag in row])
+            differs = live != torch.cat([want_live[n] for n in oracle.names])
+            near = (allocator.importance.scores / want_threshold - 1).abs() < 1e-5
+            assert not (differs & ~near).any(), f"step {step}"
+            ties += int(differs.sum())
+            assert int(live.sum()) <= budget
+            for t in allocator.triplets:
+                if not differs.any():
+                    assert torch.equal(t.lora_E, params[t.name, "E"])
+        optimizer.zero_grad()
+    with capsys.disabled():
+        print(f"\n  lockstep with the original ({backend}): {ranked} rankings, {ties} triplets within 1e-5 of a threshold")
+    assert ranked == (140 - 15) // 5 + 59
+    assert sum(allocator.live_ranks().values()) == 8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_free_running_fp64(backend: str) -> None:
+    """Two trainings of 300 steps, ours and the oracle's, in fp64: identical masks at every step."""
+    total_step = 300
+    ours, theirs = network(torch.float64), network(torch.float64)
+    allocator = RankAllocator(ours, **SETTINGS, total_step=total_step, backend=backend)
+    assert allocator.importance.averages.dtype == torch.float64
+    oracle = oracle_of(theirs, total_step)
+    optimizers = adam(ours), adam(theirs)
+    for step in range(total_step):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, step, torch.float64).backward()
+            optimizer.step()
+        allocator.update_and_mask(ours, step)
+        params = {(t.name, k): p.detach() for t in find_triplets(theirs) for k, p in zip("AEB", t.parameters, strict=True)}
+        oracle.step(step, params, copies(theirs, grads=True))
+        for a, b in zip(find_triplets(ours), find_triplets(theirs), strict=True):
+            assert torch.equal(a.lora_E == 0, b.lora_E == 0), f"step {step}, {a.name}"
+    torch.testing.assert_close(loss_of(ours, 0, torch.float64), loss_of(theirs, 0, torch.float64), rtol=1e-9, atol=0)
+
+
+def trained(steps: int = 3, **settings: Any) -> tuple[nn.Sequential, RankAllocator]:
+    model = network()
+    allocator = RankAllocator(model, **(SETTINGS | {"total_step": 200} | settings))
+    optimizer = adam(model)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, step, torch.float32).backward()
+        optimizer.step()
+        allocator.update_and_mask(model, step)
+    return model, allocator
+
+
+def snapshot(model: nn.Module, allocator: RankAllocator) -> list[Tensor]:
+    state = allocator.importance
+    return [p.detach().clone() for p in model.parameters()] + [
+        t.clone() for t in (*state.current(), state.scores, state.live)
+    ]
+
+
+def assert_unchanged(before: list[Tensor], model: nn.Module, allocator: RankAllocator) -> None:
+    for a, b in zip(before, snapshot(model, allocator), strict=True):
+        assert torch.equal(a, b)
+
+
+class TestEdges:
+    @pytest.mark.parametrize("backend", BACKENDS)
+    @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+    def test_overflow_step_leaves_no_trace(self, backend: str, bad: float) -> None:
+        model, allocator = trained(31, backend=backend)
+        loss_of(model, 31, torch.float32).backward()
+        model[-1].lora_B.grad.view(-1)[-1] = bad
+        before = snapshot(model, allocator)
+        allocator.update_and_mask(model, 35)
+        assert_unchanged(before, model, allocator)
+        model.zero_grad()
+        loss_of(model, 32, torch.float32).backward()
+        _, threshold = allocator.update_and_mask(model, 40)
+        assert threshold is not None and threshold.isfinite() and 0 < sum(allocator.live_ranks().values()) < 25
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_parameter_without_a_gradient_keeps_its_averages(self, backend: str) -> None:
+        model, allocator = trained(5, backend=backend)
+        before = averages(allocator)
+        model.zero_grad()
+        loss_of(model, 5, torch.float32).backward()
+        model[0].lora_A.grad = None
+        allocator.update_and_mask(model, 5)
+        after = averages(allocator)
+        assert torch.equal(before["0", "A"][0], after["0", "A"][0])
+        assert not torch.equal(before["0", "B"][0], after["0", "B"][0])
+
+    def test_target_above_initial_rank_is_nothing_to_prune(self) -> None:
+        model, allocator = trained(80, target_rank=50, init_warmup=5, final_warmup=20, total_step=60)
+        assert all(allocator.live_ranks()[t.name] == t.lora_A.shape[0] for t in allocator.triplets)
+        assert all((t.lora_E != 0).all() for t in find_triplets(model))
+
+    def test_update_before_backward(self) -> None:
+        model = network()
+        allocator = RankAllocator(model, **SETTINGS, total_step=200)
+        before = snapshot(model, allocator)
+        with pytest.raises(ValueError, match=r"^model: expected gradients, found none; call update_and_mask after"):
+            allocator.update_and_mask(model, 0)
+        assert_unchanged(before, model, allocator)
+
+    def test_model_without_adalora_layers(self) -> None:
+        with pytest.raises(ValueError, match=r"^model: expected layers with lora_A, lora_E and lora_B, found none"):
+            RankAllocator(nn.Linear(3, 4), **SETTINGS)
+        with pytest.raises(ValueError, match=r"^model: expected layers"):
+            compute_orth_regu(nn.Linear(3, 4))
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        (("beta1", 0.0), ("beta2", 1.0), ("lora_r", -1), ("target_rank", -1), ("init_warmup", -1),
+         ("final_warmup", -2), ("mask_interval", 0), ("total_step", 75), ("variant", "papper")),
+    )  # fmt: skip
+    def test_bad_settings(self, name: str, value: Any) -> None:
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            RankAllocator(network(), **(SETTINGS | {name: value}))
+
+    def test_total_step_comes_later(self) -> None:
+        allocator = RankAllocator(network(), **SETTINGS)
+        with pytest.raises(ValueError, match="^total_step: expected the number of optimizer steps, got None"):
+            allocator.update_and_mask(allocator.model, 0)
+        with pytest.raises(ValueError, match="^total_step: expected more than"):
+            allocator.set_total_step(75)
+        assert allocator.total_step is None
+        allocator.set_total_step(76)
+        assert allocator.schedule.total_step == 76
+
+    def test_negative_step(self) -> None:
+        model, allocator = trained(1)
+        with pytest.raises(ValueError, match="^step: expected at least 0"):
+            allocator.update_and_mask(model, -1)
+
+    def test_layer_of_rank_zero(self) -> None:
+        model = nn.Sequential(SVDLinear(8, 6, r=4), nn.Tanh(), SVDLinear(6, 3, r=0))
+        allocator = RankAllocator(model, **(SETTINGS | {"target_rank": 2, "total_step": 100}))
+        assert [t.name for t in allocator.triplets] == ["0"]
+        model(torch.randn(5, 8)).sum().backward()
+        allocator.update_and_mask(model, 20)
+        assert sum(allocator.live_ranks().values()) <= 4
+
+    def test_pruned_triplet_can_come_back(self) -> None:
+        """E is free between masking steps: no mask is kept in the forward."""
+        model, _ = trained(41)
+        pruned = [t.lora_E == 0 for t in find_triplets(model)]
+        assert any(p.any() for p in pruned)
+        model.zero_grad()
+        loss_of(model, 41, torch.float32).backward()
+        for t, dead in zip(find_triplets(model), pruned, strict=True):
+            assert t.lora_E.grad is not None and (t.lora_E.grad[dead] != 0).all()
+
+    def test_another_copy_of_the_model(self) -> None:
+        model, allocator = trained(31)
+        other = copy.deepcopy(model)
+        other.zero_grad()
+        loss_of(other, 31, torch.float32).backward()
+        allocator.update_and_mask(other, 35)
+        assert allocator.model is other
+        with pytest.raises(ValueError, match="^model: expected the layers that this allocator was made for"):
+            allocator.update_and_mask(nn.Sequential(SVDLinear(8, 6, r=4)), 36)
+        assert allocator.model is other
+
+    def test_wrapped_model_shares_its_parameters(self) -> None:
+        model, allocator = trained(3)
+        wrapped = nn.ModuleDict({"module": model})
+        model.zero_grad()
+        loss_of(model, 3, torch.float32).backward()
+        allocator.update_and_mask(wrapped, 3)
+        assert allocator.triplets[0].name == "module.0"
+        assert allocator.triplets[0].lora_A is model[0].lora_A
+
+    def test_tied_layer_counts_once(self) -> None:
+        layer = SVDLinear(8, 8, r=4)
+        assert len(find_triplets(nn.Sequential(layer, layer))) == 1
+
+
+@pytest.mark.parametrize("variant", ("original", "peft"))
+@pytest.mark.parametrize("stop", (10, 60, 140, 141, 180))
+def test_continued_run_equals_the_run_that_never_stopped(variant: str, stop: int) -> None:
+    def advance(model: nn.Module, optimizer: Any, allocator: RankAllocator, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            loss_of(model, step, torch.float32).backward()
+            optimizer.step()
+            allocator.update_and_mask(model, step)
+
+    settings = SETTINGS | {"total_step": 200, "variant": variant}
+    model = network()
+    optimizer, allocator = adam(model), RankAllocator(model, **settings)
+    advance(model, optimizer, allocator, range(stop))
+    saved = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict(), allocator.state_dict()], saved)
+    advance(model, optimizer, allocator, range(stop, 200))
+
+    saved.seek(0)
+    states = torch.load(saved, weights_only=True)
+    again = network(seed=9)
+    optimizer_again, allocator_again = adam(again), RankAllocator(again, **settings)
+    for owner, state in zip((again, optimizer_again, allocator_again), states, strict=True):
+        owner.load_state_dict(state)
+    advance(again, optimizer_again, allocator_again, range(stop, 200))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert allocator.get_rank_pattern() == allocator_again.get_rank_pattern()
+
+
+def test_state_of_other_layers_is_refused() -> None:
+    _, allocator = trained(3)
+    other = RankAllocator(nn.Sequential(SVDLinear(8, 6, r=4)), **SETTINGS)
+    with pytest.raises(ValueError, match="^state: expected the layers"):
+        other.load_state_dict(allocator.state_dict())
+    peft = RankAllocator(allocator.model, **SETTINGS, variant="peft")
+    with pytest.raises(ValueError, match="^state: expected variant 'peft', got 'original'"):
+        peft.load_state_dict(allocator.state_dict())
+
+
+def test_tensorboard_scalars_have_the_original_names() -> None:
+    class Writer:
+        def __init__(self) -> None:
+            self.seen: dict[str, float] = {}
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            self.seen[name] = float(value)
+
+    writer = Writer()
+    model, allocator = trained(21, tb_writter=writer, tb_writter_loginterval=20)
+    assert {"Ranknum/0.lora_E", "Budget/total_rank", "Budget/mask_threshold", "Budget/sum_param",
+            "Orth_regu_loss/0.lora_A", "Orth_regu_loss/6.lora_B", "train/orth_regu_loss"} <= set(writer.seen)  # fmt: skip
+    assert writer.seen["Budget/total_rank"] == sum(allocator.live_ranks().values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_compute_orth_regu_equals_the_expression(backend: str, dtype: torch.dtype, monkeypatch: Any) -> None:
+    monkeypatch.setenv("ADALORA_KERNELS_BACKEND", backend)
+    model = network(dtype)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    terms = []
+    for t in find_triplets(model):
+        for p, cov in ((t.lora_A, t.lora_A @ t.lora_A.t()), (t.lora_B, t.lora_B.t() @ t.lora_B)):
+            terms.append(torch.norm(cov - torch.eye(len(cov), dtype=dtype), p="fro"))
+    want = 0.3 * torch.stack(terms).mean()
+    got = compute_orth_regu(model, 0.3)
+    leaves = [p for t in find_triplets(model) for p in (t.lora_A, t.lora_B)]
+    torch.testing.assert_close(got, want)
+    for scale in (1.0, 0.25):
+        for a, b in zip(
+            torch.autograd.grad(got * scale, leaves, retain_graph=True),
+            torch.autograd.grad(want * scale, leaves, retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)

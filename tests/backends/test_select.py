@@ -1,0 +1,103 @@
+"""The choice of a backend, as a pure function."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from adalora_kernels import SVDLinear, explain
+from adalora_kernels.backends.select import OPS, Backend, choose, offers, parse, select
+
+ALL = dict.fromkeys(Backend)
+NONE = {Backend.REFERENCE: None, Backend.NATIVE: "not built", Backend.TRITON: "not installed"}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+@pytest.mark.parametrize("rank", (0, 1, 8, 16, 64, 128))
+def test_supported_cuda_layers_never_select_the_reference(dtype: torch.dtype, rank: int) -> None:
+    chosen = choose("svd_linear", "cuda", dtype, rank, None, ALL)
+    assert (chosen.backend, chosen.plan) == (Backend.TRITON, "one_pass")
+
+
+def test_supported_cuda_importance_never_selects_the_reference() -> None:
+    assert choose("importance", "cuda", torch.float32, 0, None, ALL).backend is Backend.NATIVE
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_selects_native(op: str) -> None:
+    assert choose(op, "cpu", torch.float32, 8, None, ALL).backend is Backend.NATIVE
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("device", ("cpu", "cuda", "mps", "xpu"))
+def test_automatic_choice_never_fails(op: str, device: str) -> None:
+    chosen = choose(op, device, torch.float64, 1000, None, NONE)
+    assert chosen.backend is Backend.REFERENCE and chosen.reason
+
+
+def test_reason_says_what_was_passed_over() -> None:
+    assert "not installed" in choose("svd_linear", "cuda", torch.float32, 8, None, NONE).reason
+    assert "float64" in choose("svd_linear", "cuda", torch.float64, 8, None, ALL).reason
+    assert "up to 128, got 200" in choose("svd_linear", "cuda", torch.float32, 200, None, ALL).reason
+
+
+@pytest.mark.parametrize(
+    ("op", "device", "dtype", "rank", "backend", "reason"),
+    (
+        ("svd_linear", "cuda", torch.float32, 8, Backend.NATIVE, "native has no svd_linear for cuda"),
+        ("svd_linear", "cuda", torch.float64, 8, Backend.TRITON, "not in float64"),
+        ("svd_linear", "cuda", torch.float32, 129, Backend.TRITON, "up to 128, got 129"),
+        ("importance", "cpu", torch.float32, 0, Backend.TRITON, "triton has no importance"),
+    ),
+)
+def test_named_backend_that_cannot_run_raises(
+    op: str, device: str, dtype: torch.dtype, rank: int, backend: Backend, reason: str
+) -> None:
+    with pytest.raises(RuntimeError, match=reason):
+        choose(op, device, dtype, rank, backend, ALL)
+    with pytest.raises(RuntimeError, match="not (built|installed)"):
+        choose("svd_linear", "cpu", torch.float32, 8, Backend.NATIVE, NONE)
+
+
+def test_variable_binds_what_its_backend_offers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADALORA_KERNELS_BACKEND", "reference")
+    assert all(select(op, "cpu", torch.float32, 8).backend is Backend.REFERENCE for op in OPS)
+    assert select("svd_linear", "cpu", torch.float32, 8, "native").backend is Backend.NATIVE
+    monkeypatch.setenv("ADALORA_KERNELS_BACKEND", "triton")
+    assert not offers(Backend.TRITON, "importance")
+    assert select("importance", "cpu", torch.float32, 0).backend is Backend.NATIVE
+    monkeypatch.setenv("ADALORA_KERNELS_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="got 'nonsense'"):
+        select("svd_linear", "cpu", torch.float32, 8)
+
+
+def test_parse() -> None:
+    assert parse(None) is None and parse("auto") is None and parse("native") is Backend.NATIVE
+    assert parse(Backend.TRITON) is Backend.TRITON
+
+
+def test_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="adalora_kernels"):
+        for _ in range(3):
+            select("svd_linear", "cpu", torch.float32, 41)
+            select("svd_linear", "cpu", torch.float64, 41)
+    assert sum("svd_linear" in r.message for r in caplog.records) <= 1
+
+
+def test_explain() -> None:
+    lines = {e.name: e for e in explain()}
+    assert set(lines) == set(OPS)
+    layer = SVDLinear(8, 6, r=4)
+    (line,) = explain(torch.nn.Sequential(layer))
+    assert (line.name, line.backend, line.plan) == ("0", "native", "blas")
+    (call,) = explain(torch.randn(3, 8), layer.weight, layer.lora_A, layer.lora_E, layer.lora_B, backend="reference")
+    assert (call.backend, call.reason) == ("reference", "asked for by name")
+    layer.eval()
+    assert explain(layer)[0].reason == "the increment is merged"
+    foreign = torch.nn.Module()
+    foreign.lora_A = foreign.lora_E = foreign.lora_B = torch.nn.ParameterDict()
+    assert explain(foreign)[0].backend == "none"
+    with pytest.raises(TypeError, match="^target: expected"):
+        explain(3)
