@@ -1,0 +1,349 @@
+"""PEFT's AdaLoRA model with its orthogonality term and its rank allocation done for all layers at once.
+
+The term is PEFT's, γ · mean ‖·‖_F over all matrices, added to ``outputs.loss``; but in training only, whatever the task type, and
+once per optimizer step. The schedule is PEFT's, and so is the format of ``config.rank_pattern``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.adalora.config import AdaLoraConfig
+from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
+from peft.tuners.adalora.model import AdaLoraModel
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from adalora_kernels.allocator import RankAllocator, find_triplets
+from adalora_kernels.backends.select import Backend, offers, parse
+from adalora_kernels.integrations.rank_pattern import (
+    Pattern,
+    adopt_averages,
+    by_layer,
+    gather,
+    path_key,
+    return_averages,
+    spread,
+)
+from adalora_kernels.integrations.svd_layer import fuse_layer
+from adalora_kernels.ops.orthogonality import orthogonality_loss
+
+
+@dataclass
+class FusedState:
+    """What a fused model holds beyond PEFT's attributes.
+
+    Attributes:
+        backend: as given to ``patch_model``.
+        hook: adds the orthogonality term where PEFT's forward is bypassed.
+        layers: the AdaLoRA layers by path; None where they must be looked up.
+        allocator: None before the first step.
+        bound: whether the allocator holds the parameters that the layers have now.
+        kept: for each adapter and layer that was loaded without its dead rows, which rows were loaded.
+        term_due: whether an optimizer step has ended since the term was last added.
+        term_used: whether the term was ever asked for.
+        term_missed: whether a training forward returned no loss that could hold it.
+    """
+
+    backend: str | Backend | None = None
+    hook: RemovableHandle | None = None
+    layers: dict[str, AdaLoraLayer] | None = None
+    allocator: RankAllocator | None = None
+    bound: bool = False
+    kept: dict[str, Pattern] = field(default_factory=dict)
+    term_due: bool = True
+    term_used: bool = False
+    term_missed: bool = False
+
+
+class FusedAdaLoraModel(AdaLoraModel):
+    """What ``patch_model`` exchanges PEFT's ``AdaLoraModel`` for.
+
+    Attributes:
+        last_orthogonality: the orthogonality term as last computed, weight included, detached; None before that.
+    """
+
+    last_orthogonality: Tensor | None = None
+
+    @property
+    def fused_state(self) -> FusedState:
+        """What this model holds beyond PEFT's attributes."""
+        state: FusedState = self.__dict__.setdefault("_fused_state", FusedState())
+        return state
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's, with the orthogonality term in training only."""
+        return self._with_orthogonality(self.model.forward(*args, **kwargs), kwargs)
+
+    def add_term(self, module: Any, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+        """Forward hook of the inner model, which PEFT calls directly where the config has no task type."""
+        return self._with_orthogonality(outputs, kwargs)
+
+    def orthogonality_loss(self) -> Tensor:
+        """The orthogonality term of the trained adapter: 0-d, differentiable, weight included; 0 without a trained adapter.
+
+        A loss that the model returns holds it already, in training. Add it to a loss that is computed outside of the model.
+        """
+        state = self.fused_state
+        state.term_used = True
+        trained = self.trained_adapter()
+        name, weight = ("", 0.0) if trained is None else (trained[0], trained[1].orth_reg_weight)
+        layers = [layer for layer in self.adalora_layers().values() if name in layer.lora_A]
+        if weight == 0 or not layers:
+            return torch.zeros(())
+        by_device: dict[torch.device, list[AdaLoraLayer]] = {}
+        for layer in layers:
+            by_device.setdefault(layer.lora_A[name].device, []).append(layer)
+        backend = self._backend_of("orthogonality")
+        total: Tensor | None = None
+        for group in by_device.values():
+            factors = [layer.lora_A[name] for layer in group], [layer.lora_B[name] for layer in group]
+            term = orthogonality_loss(*factors, weight * len(group) / len(layers), backend=backend)
+            total = term if total is None else total + term.to(total.device)
+        assert total is not None
+        self.last_orthogonality = total.detach()
+        return total
+
+    def _with_orthogonality(self, outputs: Any, kwargs: dict[str, Any]) -> Any:
+        loss = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
+        if not self.training or self.trained_adapter() is None:
+            return outputs
+        if not isinstance(loss, Tensor):
+            self.fused_state.term_missed |= torch.is_grad_enabled()
+            return outputs
+        # With a token count, transformers' Trainer takes each micro-batch's loss as a share of the step's and doesn't divide it.
+        if kwargs.get("num_items_in_batch") is not None and not self._starts_a_step():
+            return outputs
+        self.fused_state.term_due = False
+        loss = loss + self.orthogonality_loss().to(device=loss.device, dtype=loss.dtype)
+        if isinstance(outputs, dict):
+            outputs = copy(outputs)
+            outputs["loss"] = loss
+        elif isinstance(outputs, tuple):
+            outputs = outputs._replace(loss=loss)  # type: ignore[attr-defined]
+        else:
+            outputs.loss = loss
+        return outputs
+
+    def _starts_a_step(self) -> bool:
+        """Whether no gradient was accumulated since the last optimizer step, as far as can be seen from here."""
+        trained = self.trained_adapter()
+        name = "" if trained is None else trained[0]
+        layers = [layer for layer in self.adalora_layers().values() if name in layer.lora_A]
+        return self.fused_state.term_due or all(layer.lora_A[name].grad is None for layer in layers)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """PEFT's entry point: call it after ``optimizer.step()`` and before ``zero_grad()``.
+
+        While global_step < total_step - tfinal the gradients go into the importance averages. A step with a gradient that is not finite leaves
+        averages and pattern as they are, a parameter without a gradient keeps its averages, and a target rank at or above the initial one
+        prunes nothing. ``config.rank_pattern`` changes where this step ranked; reading it back waits for the device.
+
+        Args:
+            global_step: the optimizer step that was just made, counted from 0.
+
+        Raises:
+            ValueError: no adapter trains; or no parameter has a gradient although one is needed, that is, ``backward`` was not called
+                or the gradients are already cleared. Model and allocator are left as they were.
+        """
+        trained = self.trained_adapter()
+        if trained is None:
+            raise ValueError("update_and_allocate: expected a trainable AdaLoRA adapter, found only inference adapters")
+        name, config = trained
+        allocator = self.rank_allocator()
+        _, threshold = allocator.update_and_mask(allocator.model, global_step)
+        self.fused_state.term_due = True
+        if threshold is not None:
+            kept = self.fused_state.kept.get(name, {})
+            live = {
+                triplet.name: allocator.get_rank_pattern()[triplet.parameter_names[1]] for triplet in allocator.triplets
+            }
+            config.rank_pattern = {path_key(path, name): spread(row, kept.get(path)) for path, row in live.items()}
+        state = self.fused_state
+        if config.orth_reg_weight > 0 and state.term_missed and not state.term_used:
+            state.term_used = True
+            warnings.warn(
+                "AdaLoRA's orthogonality term is in no loss, since the model returned none: "
+                "add base_model.orthogonality_loss() to yours.",
+                stacklevel=2,
+            )
+
+    def rank_allocator(self) -> RankAllocator:
+        """The allocator of the trained adapter, on the schedule that its config holds now.
+
+        Raises:
+            ValueError: no adapter trains, or its rank pattern doesn't fit its layers.
+        """
+        trained = self.trained_adapter()
+        if trained is None:
+            raise ValueError("model: expected a trainable AdaLoRA adapter, found only inference adapters")
+        name, config = trained
+        state = self.fused_state
+        allocator = state.allocator
+        if allocator is None or allocator.adapter != name or not self._rebind(allocator):
+            allocator = state.allocator = self._new_allocator(name, config)
+        state.bound = True
+        allocator.total_step, allocator.mask_interval = config.total_step, config.deltaT
+        allocator.initial_warmup, allocator.final_warmup = config.tinit, config.tfinal
+        allocator.beta1, allocator.beta2 = config.beta1, config.beta2
+        allocator.target_rank = config.target_r * len(allocator.triplets)
+        return allocator
+
+    def _rebind(self, allocator: RankAllocator) -> bool:
+        """Let the allocator follow parameters that were replaced or moved; False where it no longer fits them."""
+        if self.fused_state.bound and allocator.importance.live.device == allocator.triplets[0].lora_E.device:
+            return True
+        shapes = [triplet.shape for triplet in find_triplets(self.model, allocator.adapter)]
+        if shapes != list(allocator.importance.layout.shapes):
+            return False
+        allocator.bind(self.model)
+        return True
+
+    def _new_allocator(self, name: str, config: AdaLoraConfig) -> RankAllocator:
+        allocator = RankAllocator(
+            self.model,
+            lora_r=config.init_r,
+            target_rank=config.target_r,
+            init_warmup=config.tinit,
+            final_warmup=config.tfinal,
+            mask_interval=config.deltaT,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            total_step=config.total_step,
+            variant="peft",
+            adapter=name,
+            backend=self._backend_of("importance"),
+        )
+        peft_allocator = self.__dict__.get("rankallocator")
+        if peft_allocator is not None and peft_allocator.adapter_name == name:
+            adopt_averages(allocator, peft_allocator)
+        if config.rank_pattern:
+            pattern = by_layer(config.rank_pattern, self.adalora_layers(), name)
+            kept = self.fused_state.kept.setdefault(name, {})
+            rows: list[bool] = []
+            for triplet in allocator.triplets:
+                rank = triplet.lora_E.shape[0]
+                row = pattern.get(triplet.name, [True] * rank)
+                if len(row) != rank and sum(row) == rank:
+                    kept.setdefault(triplet.name, row)
+                current = gather(row, kept.get(triplet.name))
+                if len(current) != rank:
+                    raise ValueError(
+                        f"rank_pattern[{triplet.name!r}]: {len(row)} rows of which {sum(row)} live, but the layer has {rank}"
+                    )
+                rows.extend(current)
+            allocator.importance.live.copy_(torch.tensor(rows, dtype=torch.bool))
+        return allocator
+
+    def trained_adapter(self) -> tuple[str, AdaLoraConfig] | None:
+        """Name and config of the adapter that trains, or None if all are for inference."""
+        for name in (self.__dict__.get("trainable_adapter_name"), *self.peft_config):
+            config = self.peft_config.get(name)
+            if config is not None and not config.inference_mode:
+                return name, config
+        return None
+
+    def adalora_layers(self) -> dict[str, AdaLoraLayer]:
+        """The AdaLoRA layers of every kind, by their paths in the inner model."""
+        state = self.fused_state
+        if state.layers is None:
+            state.layers = {path: m for path, m in self.model.named_modules() if isinstance(m, AdaLoraLayer)}
+        return state.layers
+
+    def _backend_of(self, op: str) -> Backend | None:
+        """The backend asked for, where it has ``op``; else the automatic choice."""
+        backend = parse(self.fused_state.backend)
+        return backend if backend is not None and offers(backend, op) else None
+
+    def _changed(self) -> None:
+        self.fused_state.layers = None
+        self.fused_state.bound = False
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; the layers that it adds are fused as well."""
+        super().inject_adapter(*args, **kwargs)
+        self._changed()
+        for layer in self.adalora_layers().values():
+            if type(layer) is SVDLinear:
+                fuse_layer(layer, self.fused_state.backend)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's."""
+        super().delete_adapter(adapter_name)
+        self._changed()
+        self.fused_state.kept.pop(adapter_name, None)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._changed()
+        if self.fused_state.hook is not None:
+            self.fused_state.hook.remove()
+        return model
+
+    def resize_modules_by_rank_pattern(self, rank_pattern: dict[str, Any], adapter_name: str) -> None:
+        """As PEFT's, with the layer found by its exact name and its dtype and factor c unchanged."""
+        layers = self.adalora_layers()
+        pattern = by_layer(rank_pattern, layers, adapter_name)
+        before = {}
+        for path, row in pattern.items():
+            layer = layers[path]
+            rows = layer.lora_E[adapter_name].shape[0]
+            if len(row) != rows:
+                raise ValueError(f"rank_pattern[{path!r}]: expected {rows} entries, one for each row, got {len(row)}")
+            before[path] = (layer.lora_E[adapter_name].dtype, layer.scaling[adapter_name], layer.ranknum[adapter_name])
+        super().resize_modules_by_rank_pattern(
+            {path_key(p, adapter_name): row for p, row in pattern.items()}, adapter_name
+        )
+        for path, (dtype, scaling, ranknum) in before.items():
+            layer = layers[path]
+            layer.scaling[adapter_name] = scaling
+            with torch.no_grad():
+                layer.ranknum[adapter_name].copy_(ranknum)
+            for factors in (layer.lora_A, layer.lora_E, layer.lora_B):
+                factors[adapter_name].data = factors[adapter_name].data.to(dtype)
+            if not all(pattern[path]):
+                self.fused_state.kept.setdefault(adapter_name, {})[path] = pattern[path]
+        self._changed()
+
+    def resize_state_dict_by_rank_pattern(
+        self, rank_pattern: dict[str, Any], state_dict: dict[str, Tensor], adapter_name: str
+    ) -> dict[str, Tensor]:
+        """As PEFT's, with the layer found by its exact name, also where only its live rows were loaded."""
+        pattern = by_layer(rank_pattern, self.adalora_layers(), adapter_name)
+        # PEFT has just put its own spelling there, which is broken where a path contains the adapter's name.
+        self.peft_config[adapter_name].rank_pattern = {f"{path}.lora_E": row for path, row in pattern.items()}
+        kept = self.fused_state.kept.get(adapter_name, {})
+        present = {path_key(path, adapter_name): gather(row, kept.get(path)) for path, row in pattern.items()}
+        resized: dict[str, Tensor] = super().resize_state_dict_by_rank_pattern(present, state_dict, adapter_name)
+        return resized
+
+
+def fuse_model(model: AdaLoraModel, backend: str | Backend | None) -> None:
+    """Exchange the class of one AdaLoRA model in place."""
+    if type(model) is not FusedAdaLoraModel:
+        model.__class__ = FusedAdaLoraModel
+        model.fused_state.hook = model.model.register_forward_hook(model.add_term, with_kwargs=True)
+    state = model.fused_state
+    state.backend = backend
+    if state.allocator is not None:
+        state.allocator.backend = model._backend_of("importance")
+
+
+def restore_model(model: FusedAdaLoraModel) -> None:
+    """Undo ``fuse_model``; PEFT's allocator continues with our averages."""
+    state = model.fused_state
+    if state.hook is not None:
+        state.hook.remove()
+    peft_allocator = model.__dict__.get("rankallocator")
+    if state.allocator is not None and peft_allocator is not None:
+        return_averages(state.allocator, peft_allocator)
+    for attribute in ("_fused_state", "last_orthogonality"):
+        model.__dict__.pop(attribute, None)
+    model.__class__ = AdaLoraModel
+
+
+__all__ = ["FusedAdaLoraModel", "FusedState", "fuse_model", "restore_model"]

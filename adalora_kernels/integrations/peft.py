@@ -1,0 +1,175 @@
+"""One line makes a PEFT AdaLoRA model fast: ``patch_model(model)``, or ``patch_peft()`` before PEFT builds it.
+
+Patching exchanges classes in place. Parameters, optimizer references, hooks, ``state_dict`` and ``save_pretrained`` stay what they were, and
+checkpoints go both ways between patched and unpatched PEFT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from packaging.version import Version
+from torch import nn
+
+try:
+    import peft
+    from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
+    from peft.tuners.adalora.model import AdaLoraModel
+except ImportError as error:
+    raise ImportError("patching PEFT needs Hugging Face PEFT: pip install 'adalora-kernels[peft]'") from error
+
+from adalora_kernels.backends.select import Backend, parse, select
+from adalora_kernels.integrations.adalora_model import FusedAdaLoraModel, fuse_model, restore_model
+from adalora_kernels.integrations.svd_layer import FusedSVDLinear, base_obstacle, fuse_layer, restore_layer
+
+MINIMUM_PEFT = "0.18.0"
+if Version(peft.__version__) < Version(MINIMUM_PEFT):
+    raise ImportError(f"expected peft >= {MINIMUM_PEFT}, found {peft.__version__}: pip install --upgrade peft")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a patched model does with one adapted layer.
+
+    Attributes:
+        name: path in the model.
+        kind: name of its class.
+        fused: whether its increment goes through this package.
+        reason: why, or how.
+    """
+
+    name: str
+    kind: str
+    fused: bool
+    reason: str
+
+
+def patch_model(peft_model: Model, backend: str | Backend | None = None) -> Model:
+    """Exchange the classes of PEFT's AdaLoRA layers and model for the fused ones, in place.
+
+    Layers that PEFT built for other bases (Conv2d, bitsandbytes, GPTQ) keep PEFT's code; ``layer_report`` lists them. A model that is
+    patched already stays so and takes the backend.
+
+    Args:
+        peft_model: a ``PeftModel``, an ``AdaLoraModel``, or any module that holds PEFT's AdaLoRA layers.
+        backend: "reference", "native", "triton", or None for the best that can run.
+
+    Returns:
+        ``peft_model``.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: no AdaLoRA layers in it, or an unknown backend.
+        RuntimeError: the backend asked for can't run here.
+        In each case the model is as it was.
+    """
+    layers, tuners = _find(peft_model)
+    svd_layers = [layer for layer in layers.values() if type(layer) in (SVDLinear, FusedSVDLinear)]
+    if parse(backend) is not None:
+        for layer in svd_layers:
+            for factor in layer.lora_A.values():
+                select("svd_linear", factor.device.type, factor.dtype, factor.shape[0], backend)
+    fresh: list[nn.Module] = [m for m in (*svd_layers, *tuners) if type(m) in (SVDLinear, AdaLoraModel)]
+    try:
+        for layer in svd_layers:
+            fuse_layer(layer, backend)
+        for tuner in tuners:
+            fuse_model(tuner, backend)
+    except BaseException:
+        for module in fresh:
+            _restore(module)
+        raise
+    return peft_model
+
+
+def unpatch_model(peft_model: Model) -> Model:
+    """Undo ``patch_model``: PEFT's classes again, and PEFT's allocator continues with our averages.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: no AdaLoRA layers in it.
+    """
+    layers, tuners = _find(peft_model)
+    for module in (*layers.values(), *tuners):
+        _restore(module)
+    return peft_model
+
+
+def patch_peft() -> None:
+    """Patch whatever AdaLoRA model PEFT builds or extends from now on: get_peft_model, from_pretrained, add_adapter, injection."""
+    if "inject_adapter" in AdaLoraModel.__dict__:
+        return
+    AdaLoraModel.inject_adapter = _inject_and_patch
+    AdaLoraModel._create_new_module = staticmethod(_create_fused_module)
+
+
+def unpatch_peft() -> None:
+    """Undo ``patch_peft``; models that were built meanwhile stay patched."""
+    if AdaLoraModel.__dict__.get("inject_adapter") is _inject_and_patch:
+        del AdaLoraModel.inject_adapter
+        AdaLoraModel._create_new_module = staticmethod(_peft_create_new_module)
+
+
+def layer_report(model: nn.Module) -> list[LayerReport]:
+    """What happens to each adapted layer of ``model``: fused or left to PEFT, and why.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: no AdaLoRA layers in it.
+    """
+    layers, _ = _find(model)
+    return [_report(name, layer) for name, layer in layers.items()]
+
+
+_peft_create_new_module = AdaLoraModel._create_new_module
+
+
+def _create_fused_module(*args: Any, **kwargs: Any) -> nn.Module:
+    module: nn.Module = _peft_create_new_module(*args, **kwargs)
+    if type(module) is SVDLinear:
+        fuse_layer(module, None)
+    return module
+
+
+def _inject_and_patch(self: AdaLoraModel, *args: Any, **kwargs: Any) -> None:
+    super(AdaLoraModel, self).inject_adapter(*args, **kwargs)
+    if type(self) is AdaLoraModel:
+        patch_model(self)
+
+
+def _find(model: nn.Module) -> tuple[dict[str, AdaLoraLayer], list[AdaLoraModel]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"peft_model: expected a PeftModel, got {type(model).__name__}")
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, AdaLoraLayer)}
+    if not layers:
+        raise ValueError(f"peft_model: expected a model with AdaLoRA layers, found none in {type(model).__name__}")
+    return layers, [m for m in modules.values() if type(m) in (AdaLoraModel, FusedAdaLoraModel)]
+
+
+def _restore(module: nn.Module) -> None:
+    if type(module) is FusedSVDLinear:
+        restore_layer(module)
+    elif type(module) is FusedAdaLoraModel:
+        restore_model(module)
+
+
+def _report(name: str, layer: AdaLoraLayer) -> LayerReport:
+    kind = type(layer).__name__
+    if type(layer) is SVDLinear:
+        return LayerReport(name, kind, False, "not patched")
+    if type(layer) is not FusedSVDLinear:
+        return LayerReport(name, kind, False, "keeps PEFT's code: only its SVDLinear is fused")
+    if "forward" in layer.__dict__ and not hasattr(layer, "_old_forward"):
+        return LayerReport(name, kind, False, "its forward was replaced on the instance")
+    obstacle = base_obstacle(layer.base_layer)
+    how = (
+        "base and increment in one call" if obstacle is None else f"increment added into the base's output: {obstacle}"
+    )
+    return LayerReport(name, kind, True, how)
+
+
+__all__ = ["LayerReport", "layer_report", "patch_model", "patch_peft", "unpatch_model", "unpatch_peft"]

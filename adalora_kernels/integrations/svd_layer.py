@@ -1,0 +1,155 @@
+"""PEFT's AdaLoRA linear layer with its forward fused into one call (AdaLoRA, arXiv 2303.10512, equation 3).
+
+PEFT: base(x) + (drop(x) @ (A ⊙ E)ᵀ @ Bᵀ) · scaling / (ranknum + 1e-5), for each active adapter. Here the first adapter and the frozen
+product are one call where the base's weight may be read directly; otherwise the base runs as it is and the increment is added
+into its output in place.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from peft.tuners.adalora.layer import SVDLinear
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+from adalora_kernels.backends.select import Backend
+from adalora_kernels.ops.svd_linear import svd_linear, svd_linear_into
+
+_READABLE_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_PLAIN = (Tensor, nn.Parameter)
+_DROPOUTS = (nn.Identity, nn.Dropout)
+_FORWARD_ATTRIBUTES = ("forward", "_old_forward")
+
+
+class FusedSVDLinear(SVDLinear):
+    """What ``patch_model`` exchanges PEFT's ``SVDLinear`` for. Parameters, hooks and names stay; only methods differ."""
+
+    fused_backend: str | Backend | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As PEFT's: the base where adapters are disabled or merged, else the base plus each active adapter's increment.
+
+        Args:
+            x: [..., K].
+            args, kwargs: handed to the base layer, which is then called.
+
+        Returns:
+            [..., N] in the dtype that the base answers in.
+        """
+        factors = self.lora_A._parameters
+        active = [name for name in self.active_adapters if name in factors]
+        if self.disable_adapters or self.merged or not active or not self._reads(x, active):
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        result: Tensor | None = None
+        weight = None
+        if not args and not kwargs and base_obstacle(base) is None and _takes(x, base.weight):
+            weight = base.weight.t() if type(base) is Conv1D else base.weight
+        for name in active:
+            dropout = self.lora_dropout[name]
+            adapter = (factors[name], self.lora_E._parameters[name], self.lora_B._parameters[name])
+            settings = {
+                "scaling": self.scaling[name] / (self._rank_constant(name) + 1e-5),
+                "dropout_p": getattr(dropout, "p", 0.0),  # an Identity has none
+                "training": dropout.training,
+                "backend": self.fused_backend,
+            }
+            if result is None and weight is not None:
+                result = svd_linear(x, weight, *adapter, bias=base.bias, **settings)
+            else:
+                output = base(x, *args, **kwargs) if result is None else result
+                result = svd_linear_into(output, x, *adapter, **settings)
+        assert result is not None
+        return result
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, with ``ranknum`` frozen: PEFT ≥ 0.21 makes it trainable over a 16-bit base."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        self.ranknum[adapter_name].requires_grad_(False)
+
+    def _reads(self, x: Tensor, adapters: list[str]) -> bool:
+        """Whether our kernels can read everything: a DTensor, a FakeTensor, a meta tensor, a foreign dropout are left to PEFT's code."""
+        if type(x) not in _PLAIN or x.is_meta:
+            return False
+        return all(
+            type(self.lora_A._parameters[name]) in _PLAIN and type(self.lora_dropout[name]) in _DROPOUTS
+            for name in adapters
+        )
+
+    def _rank_constant(self, adapter: str) -> float:
+        """The initial rank of the layer, read from the device once for each value that ``ranknum`` is given."""
+        ranknum = self.ranknum._parameters[adapter]
+        known = self.__dict__.setdefault("_rank_constants", {})
+        entry = known.get(adapter)
+        if entry is not None and torch.compiler.is_compiling():
+            return float(entry[2])
+        version = 0 if ranknum.is_inference() else ranknum._version
+        if entry is None or entry[0] is not ranknum or entry[1] != version:
+            entry = known[adapter] = (ranknum, version, float(ranknum.detach()))
+        return float(entry[2])
+
+
+def base_obstacle(base: nn.Module) -> str | None:
+    """Why the base must be called rather than its weight read, or None where the weight alone says what the base does."""
+    if type(base) is not nn.Linear and type(base) is not Conv1D:
+        return f"the base is a {type(base).__name__}"
+    weight = base._parameters.get("weight")
+    if type(weight) is not nn.Parameter:
+        return f"the base's weight is a {type(weight).__name__}"
+    if weight.is_meta or weight.dtype not in _READABLE_DTYPES or weight.layout is not torch.strided:
+        return f"the base's weight is {weight.dtype}, {weight.layout}, on {weight.device}"
+    if "forward" in base.__dict__:
+        return "the base's forward was replaced on the instance"
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return "the base has hooks"
+    if _has_any_global_hook():
+        return "hooks for all modules are registered"
+    return None
+
+
+def fuse_layer(layer: SVDLinear, backend: str | Backend | None) -> None:
+    """Exchange the class of one layer in place, also where accelerate froze PEFT's forward on the instance."""
+    if type(layer) is FusedSVDLinear:
+        layer.fused_backend = backend
+        return
+    layer.__class__ = FusedSVDLinear
+    layer.fused_backend = backend
+    _rebind(layer, SVDLinear, FusedSVDLinear)
+    thawed = [name for name, ranknum in layer.ranknum.items() if ranknum.requires_grad]
+    layer._thawed_ranknums = thawed
+    for name in layer.ranknum:
+        layer.ranknum[name].requires_grad_(False)
+        if not layer.ranknum[name].is_meta:
+            layer._rank_constant(name)
+
+
+def restore_layer(layer: FusedSVDLinear) -> None:
+    """Undo ``fuse_layer``."""
+    for name in layer.__dict__.pop("_thawed_ranknums", ()):
+        if name in layer.ranknum:
+            layer.ranknum[name].requires_grad_(True)
+    for attribute in ("fused_backend", "_rank_constants"):
+        layer.__dict__.pop(attribute, None)
+    layer.__class__ = SVDLinear
+    _rebind(layer, FusedSVDLinear, SVDLinear)
+
+
+def _rebind(layer: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    for attribute in _FORWARD_ATTRIBUTES:
+        frozen = layer.__dict__.get(attribute)
+        if isinstance(frozen, MethodType) and frozen.__func__ is old.forward:
+            setattr(layer, attribute, MethodType(new.forward, layer))
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the frozen product accepts x; where it doesn't, the base is called, so that its own error comes."""
+    if x.dtype == weight.dtype:
+        return True
+    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+
+
+__all__ = ["FusedSVDLinear", "base_obstacle", "fuse_layer", "restore_layer"]

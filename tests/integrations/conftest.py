@@ -1,0 +1,147 @@
+"""Small random transformers under PEFT's AdaLoRA, and a training loop that patched and unpatched models share."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("peft")
+
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+VOCABULARY = 61
+ARCHITECTURES = ("deberta", "llama", "gpt2")
+
+
+def _deberta(layers: int) -> tuple[nn.Module, str, list[str]]:
+    config = DebertaV2Config(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=32, relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"],
+        share_att_key=True, norm_rel_ebd="layer_norm", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return DebertaV2ForSequenceClassification(config), "SEQ_CLS", ["query_proj", "key_proj", "value_proj", "dense"]
+
+
+def _llama(layers: int) -> tuple[nn.Module, str, list[str]]:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    return LlamaForCausalLM(config), "CAUSAL_LM", ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+
+
+def _gpt2(layers: int) -> tuple[nn.Module, str, list[str]]:
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config), "CAUSAL_LM", ["c_attn", "c_proj", "c_fc"]
+
+
+class Perceptron(nn.Module):
+    """Three linear layers whose loss is in the dtype of the weights (transformers' losses are in fp32 at best)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(12, 24), nn.Linear(24, 24), nn.Linear(24, 4)
+
+    def forward(self, x: Tensor, labels: Tensor) -> SimpleNamespace:
+        logits = self.third(torch.tanh(self.second(torch.tanh(self.first(x)))))
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+
+def _perceptron(layers: int) -> tuple[nn.Module, None, list[str]]:
+    return Perceptron(), None, ["first", "second", "third"]
+
+
+_BUILDERS: dict[str, Callable[[int], tuple[nn.Module, str | None, list[str]]]] = {
+    "deberta": _deberta,
+    "llama": _llama,
+    "gpt2": _gpt2,
+    "perceptron": _perceptron,
+}
+
+
+def build(
+    architecture: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, adapter: str = "default", layers: int = 2,
+    autocast_adapter_dtype: bool = True, **settings: Any,
+) -> PeftModel:
+    """A small random model under AdaLoRA with E ≠ 0, in training mode."""  # fmt: skip
+    torch.manual_seed(seed)
+    model, task_type, targets = _BUILDERS[architecture](layers)
+    options = {"init_r": 6, "target_r": 3, "lora_alpha": 12, "tinit": 2, "tfinal": 4, "deltaT": 2, "total_step": 20,
+               "target_modules": targets, "task_type": task_type, "orth_reg_weight": 0.1}  # fmt: skip
+    config = AdaLoraConfig(**{**options, **settings})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fan_in_fan_out is set by PEFT for Conv1D
+        peft_model = get_peft_model(
+            model.to(dtype), config, adapter_name=adapter, autocast_adapter_dtype=autocast_adapter_dtype
+        )
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_E" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return peft_model.train()
+
+
+def batch(model: nn.Module, seed: int = 0, rows: int = 3, columns: int = 7) -> dict[str, Tensor]:
+    """Random tokens with labels that fit the model's task."""
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(model.get_base_model(), Perceptron):
+        x = torch.randn(16, 12, generator=generator, dtype=model.get_base_model().first.base_layer.weight.dtype)
+        return {"x": x, "labels": x[:, :4].argmax(1)}
+    tokens = torch.randint(1, VOCABULARY, (rows, columns), generator=generator)
+    classifies = "SequenceClassification" in type(model.get_base_model()).__name__
+    return {"input_ids": tokens, "labels": torch.randint(2, (rows,), generator=generator) if classifies else tokens}
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def train(model: nn.Module, steps: int, *, start: int = 0, lr: float = 1e-2, allocate: bool = True) -> list[float]:
+    """Steps of AdamW with the allocator after each; the losses. By way of the AdaLoRA model, since PEFT adds its orthogonality term there
+    alone where there is no task type.
+    """
+    optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=lr)
+    losses = []
+    for step in range(start, start + steps):
+        loss = model.base_model(**batch(model, seed=step)).loss
+        loss.backward()
+        optimizer.step()
+        if allocate:
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def twins(model: PeftModel, **options: Any) -> tuple[PeftModel, PeftModel]:
+    """An unpatched and a patched copy of ``model``."""
+    from adalora_kernels.integrations.peft import patch_model
+
+    return copy.deepcopy(model), patch_model(copy.deepcopy(model), **options)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_unpatched() -> Iterator[None]:
+    yield
+    from adalora_kernels.integrations.peft import unpatch_peft
+
+    unpatch_peft()
