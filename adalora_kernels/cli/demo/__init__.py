@@ -1,0 +1,1 @@
+"""``adalora-kernels demo``: a small DeBERTa-v3 fine-tuned with AdaLoRA through PEFT and through our kernels."""

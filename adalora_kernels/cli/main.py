@@ -1,0 +1,78 @@
+"""Entry point of ``adalora-kernels``: one subcommand a file, imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from adalora_kernels import __version__
+from adalora_kernels.backends.select import Backend
+from adalora_kernels.cli.extras import require_extra
+
+_MODULES = {
+    "env": "adalora_kernels.cli.env",
+    "check": "adalora_kernels.cli.check",
+    "demo": "adalora_kernels.cli.demo.run",
+}
+# Fewer steps leave no room for AdaLoRA's three phases.
+_LEAST_STEPS = 6
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv: the arguments; None for the command line's.
+
+    Returns:
+        The exit status, 0 where all went well.
+    """
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "demo":
+        require_extra("demo", "demo", ("peft", "matplotlib"))
+    status: int = import_module(_MODULES[arguments.command]).main(arguments)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="adalora-kernels", description="Kernel-accelerated AdaLoRA for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"adalora-kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("env", help="versions, devices, backends, and why each can or can't run")
+    commands.add_parser("check", help="self-test of every backend that can run here")
+    demo = commands.add_parser(
+        "demo",
+        help="fine-tune a small DeBERTa-v3 through PEFT and through our kernels, side by side",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--steps", type=_steps, default=300, help="optimizer steps of each training")
+    demo.add_argument("--seed", type=int, default=0, help="of every random choice")
+    demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder of the table and the picture")
+    names = [backend.value for backend in Backend]
+    demo.add_argument("--backend", choices=names, default=None, help="use this one and no other")
+    demo.add_argument("--device", type=_device, default="cpu", help="where to train, such as cpu or cuda")
+    return parser
+
+
+def _steps(text: str) -> int:
+    steps = int(text)
+    if steps < _LEAST_STEPS:
+        raise argparse.ArgumentTypeError(f"expected at least {_LEAST_STEPS} steps, got {steps}")
+    return steps
+
+
+def _device(text: str) -> str:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("this machine has no GPU that PyTorch can use")
+    return text
+
+
+__all__ = ["main"]
