@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Two workers on two cores: one thread each, or they spin against each other."""
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what tests measured and left with ``record_property("measured", text)``, also from other processes."""
+    reports = terminalreporter.getreports("passed")
+    for report in reports:
+        for name, text in report.user_properties:
+            if name == "measured":
+                terminalreporter.write_line(f"{report.nodeid.split('::')[-1]}: {text}")
 
 
 @pytest.fixture(autouse=True)

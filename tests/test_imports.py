@@ -61,7 +61,8 @@ def test_imports_point_downward(path: Path) -> None:
         parts = name.split(".")
         if parts[0] != "adalora_kernels":
             continue
-        home = adalora_kernels._HOME.get(parts[1], name) if len(parts) == 2 else name  # a public name counts as its home
+        # A public name counts as its home.
+        home = adalora_kernels._HOME.get(parts[1], name) if len(parts) == 2 else name
         target = home.split(".")[1] if "." in home else "adalora_kernels"
         if target.startswith("_"):
             continue  # the version, or the extension, which ONLY_IN holds
@@ -123,10 +124,8 @@ for name in ('patch_model', 'AdaLoraCallback'):
 
 def test_import_costs_little_beyond_torch() -> None:
     """Under 50 ms: the best of five, since another process may be at work on the same cores."""
-    times = [
-        float(run_python("import torch, time; t = time.perf_counter(); import adalora_kernels; print(time.perf_counter() - t)"))
-        for _ in range(5)
-    ]
+    code = "import torch, time; t = time.perf_counter(); import adalora_kernels; print(time.perf_counter() - t)"
+    times = [float(run_python(code)) for _ in range(5)]
     assert min(times) < 0.050, times
 
 

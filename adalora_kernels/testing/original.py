@@ -1,7 +1,8 @@
 """The original package's budget algorithm, parameter by parameter in eager PyTorch: an oracle for ours.
 
-Written from the description of QingruZhang/AdaLoRA's RankAllocator in the published code's behaviour: importance after the optimizer's step,
-unsquared orthogonality, budget as in ``adalora_kernels.allocator.schedule``, ties at the threshold all zeroed.
+Written from the description of QingruZhang/AdaLoRA's RankAllocator in the published code's behaviour: importance after
+the optimizer's step, unsquared orthogonality, budget as in ``adalora_kernels.allocator.schedule``, ties at the
+threshold all zeroed.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def test_named_backend_that_cannot_run_raises(
 ) -> None:
     with pytest.raises(RuntimeError, match=reason):
         choose(op, device, dtype, rank, backend, ALL)
-    with pytest.raises(RuntimeError, match="not (built|installed)"):
+    with pytest.raises(RuntimeError, match=r"not (built|installed)"):
         choose("svd_linear", "cpu", torch.float32, 8, Backend.NATIVE, NONE)
 
 
@@ -69,7 +69,7 @@ def test_variable_binds_what_its_backend_offers(monkeypatch: pytest.MonkeyPatch)
     assert not offers(Backend.TRITON, "importance")
     assert select("importance", "cpu", torch.float32, 0).backend is Backend.NATIVE
     monkeypatch.setenv("ADALORA_KERNELS_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="got 'nonsense'"):
+    with pytest.raises(ValueError, match=r"got 'nonsense'"):
         select("svd_linear", "cpu", torch.float32, 8)
 
 
@@ -99,5 +99,5 @@ def test_explain() -> None:
     foreign = torch.nn.Module()
     foreign.lora_A = foreign.lora_E = foreign.lora_B = torch.nn.ParameterDict()
     assert explain(foreign)[0].backend == "none"
-    with pytest.raises(TypeError, match="^target: expected"):
+    with pytest.raises(TypeError, match=r"^target: expected"):
         explain(3)

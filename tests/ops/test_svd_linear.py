@@ -267,7 +267,8 @@ class TestInto:
         base = F.linear(x.view(2, 3, 9), i.weight, i.bias)
         y = svd_linear_into(base, x.view(2, 3, 9), a, i.lora_E, i.lora_B, scaling=C, backend=backend)
         assert y.data_ptr() == base.data_ptr()
-        torch.testing.assert_close(y, svd_linear(x.view(2, 3, 9), i.weight, a, i.lora_E, i.lora_B, bias=i.bias, scaling=C))
+        want = svd_linear(x.view(2, 3, 9), i.weight, a, i.lora_E, i.lora_B, bias=i.bias, scaling=C)
+        torch.testing.assert_close(y, want)
         y += 1  # what a Function returns must allow it
 
     @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -399,7 +400,7 @@ class TestBadInput:
 
     def test_base_output_of_another_shape(self) -> None:
         i = layer_inputs(6, 9, 7, 3)
-        with pytest.raises(ValueError, match="^base_output: expected"):
+        with pytest.raises(ValueError, match=r"^base_output: expected"):
             svd_linear_into(torch.zeros(6, 8), i.x, i.lora_A, i.lora_E, i.lora_B)
 
 

@@ -1,0 +1,118 @@
+"""The layer, forward and backward, against the frozen linear, PEFT's layer and addmm_ by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adalora_kernels import svd_linear
+from benchmarks.timing import Contestant, Sample, interleave, ratio
+
+ALPHA = 16.0
+
+
+class _AddmmByHand(torch.autograd.Function):
+    """What a careful user would write: the products as they come, accumulated with addmm_."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor, a: Tensor, e: Tensor, b: Tensor, c: float) -> Tensor:
+        y = F.linear(x, w, bias)
+        u = x @ a.t()
+        y.addmm_(u * (c * e.view(-1)), b.t())
+        ctx.save_for_backward(x, u, w, a, e, b)
+        ctx.c = c
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        x, u, w, a, e, b = ctx.saved_tensors
+        lam = ctx.c * e.view(-1)
+        v = (g @ b) * lam
+        t = g.t() @ u
+        dx = (g @ w).addmm_(v, a)
+        return dx, None, None, v.t() @ x, ctx.c * (b * t).sum(0).view_as(e), t * lam, None
+
+
+def peft_layer(k: int, n: int, r: int) -> nn.Module:
+    """PEFT's SVDLinear over a fresh nn.Linear, with Λ away from zero."""
+    from peft import AdaLoraConfig
+    from peft.tuners.adalora.layer import SVDLinear
+
+    config = AdaLoraConfig(init_r=r, target_r=r, lora_alpha=int(ALPHA), total_step=100)
+    layer = SVDLinear(nn.Linear(k, n), "default", config, r=r, lora_alpha=int(ALPHA))
+    layer.get_base_layer().requires_grad_(False)
+    nn.init.normal_(layer.lora_E["default"])
+    return layer
+
+
+def floor(k: int, n: int, r: int) -> float:
+    """Arithmetic of forward and backward over that of the frozen linear: 1 + 1.5 R (1/K + 1/N)."""
+    return 1 + 1.5 * r * (1 / k + 1 / n)
+
+
+def measure(k: int, n: int, m: int, r: int, dtype: torch.dtype, threads: int, rounds: int) -> dict[str, Any]:
+    """One case: K = k, N = n, M = m tokens, rank r. Inputs rotate through more memory than the caches hold.
+
+    Returns:
+        A record: the case, the median milliseconds of each contestant, their ratios to the frozen linear, and the
+        floor.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    layer = peft_layer(k, n, r).to(dtype)
+    base, adapter = layer.get_base_layer(), [layer.lora_A["default"], layer.lora_E["default"], layer.lora_B["default"]]
+    w, bias = base.weight, base.bias
+    c = ALPHA / (r + 1e-5)
+    copies = max(2, -(-(96 << 20) // ((m * k + m * n) * dtype.itemsize)))
+    xs = [torch.randn(m, k, dtype=dtype, requires_grad=True) for _ in range(copies)]
+    gs = [torch.randn(m, n, dtype=dtype) for _ in range(copies)]
+    calls: dict[str, Callable[[Tensor], Tensor]] = {
+        "frozen": lambda x: F.linear(x, w, bias),
+        "ours": lambda x: svd_linear(x, w, *adapter, bias=bias, scaling=c),
+        "peft": layer,
+        "addmm_": lambda x: _AddmmByHand.apply(x, w, bias, *adapter, c),
+    }
+    check_equal(calls, xs[0], gs[0], adapter)
+
+    def contestant(call: Callable[[Tensor], Tensor], offset: int) -> Contestant:
+        turn = [offset]
+
+        def prepare() -> Callable[[], object]:
+            i = turn[0] % copies
+            turn[0] += 1
+            for t in (xs[i], *adapter):
+                t.grad = None
+            return lambda: call(xs[i]).backward(gs[i])
+
+        return prepare
+
+    seconds = interleave({name: contestant(call, i) for i, (name, call) in enumerate(calls.items())}, rounds)
+    return {
+        "benchmark": "layer forward + backward",
+        "case": {"K": k, "N": n, "M": m, "R": r, "dtype": str(dtype).removeprefix("torch."), "threads": threads},
+        "milliseconds": {name: {q: 1e3 * v for q, v in vars(Sample.of(s)).items()} for name, s in seconds.items()},
+        "ratio_to_frozen": {name: ratio(s, seconds["frozen"]) for name, s in seconds.items()},
+        "flop_floor": floor(k, n, r),
+        "rounds": rounds,
+    }
+
+
+def check_equal(calls: dict[str, Callable[[Tensor], Tensor]], x: Tensor, g: Tensor, adapter: list[Tensor]) -> None:
+    """Every contestant but the frozen linear must compute the same thing, before any is timed."""
+    results = {}
+    for name in ("peft", "ours", "addmm_"):
+        y = calls[name](x)
+        results[name] = [y, *torch.autograd.grad(y, [x, *adapter], g)]
+    tolerance = 64 * torch.finfo(x.dtype).eps
+    for name in ("ours", "addmm_"):
+        for got, want in zip(results[name], results["peft"], strict=True):
+            difference = (got - want).abs().max() / want.abs().max()
+            if difference > tolerance:
+                raise AssertionError(f"{name} differs from PEFT's layer by {difference:.2e}")
+
+
+__all__ = ["floor", "measure", "peft_layer"]
