@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
@@ -116,25 +117,19 @@ def orthogonality(
 ) -> tuple[Tensor, list[Tensor]]:
     """Value and gradient of the regulariser over all matrices; see ``reference.orthogonality.orthogonality``.
 
-    Bitwise repeatable, whatever the number of threads. The gradients of one dtype are views of one buffer.
+    Bitwise repeatable, whatever the number of threads. Gradients of one shape and dtype are slices of one buffer.
     """
     ops = _ops("cpu")
     if not lora_A or len(lora_A) != len(lora_B):
         raise ValueError(f"lora_A, lora_B: expected the same number, at least 1, got {len(lora_A)} and {len(lora_B)}")
     matrices = [*lora_A, *lora_B]
-    if any(m.dim() != 2 for m in matrices):
-        raise ValueError(
-            f"lora_A, lora_B: expected 2 dimensions, got {[_describe(m) for m in matrices if m.dim() != 2]}"
-        )
-    shapes = [m.shape for m in matrices]
-    ranks = [*(shape[0] for shape in shapes[: len(lora_A)]), *(shape[1] for shape in shapes[len(lora_A) :])]
-    lengths = [*(shape[1] for shape in shapes[: len(lora_A)]), *(shape[0] for shape in shapes[len(lora_A) :])]
-    read, (addresses, codes) = _described("lora_A, lora_B", matrices, shapes, torch.device("cpu"))
-    grads = _like(matrices) if need_grad else []
-    targets = [g.data_ptr() for g in grads] if need_grad else [0] * len(matrices)
-    fp64 = any(m.dtype == torch.float64 for m in matrices)
-    table = _table(addresses, codes, ranks, lengths, targets)
-    value: Tensor = ops.orthogonality(table, weight if squared else weight / len(matrices), squared, fp64)
+    shapes, dtypes = tuple(m.shape for m in matrices), tuple(m.dtype for m in matrices)
+    plan = _orthogonality_plan(shapes, dtypes)
+    read, (addresses, codes) = _described("lora_A, lora_B", matrices, list(shapes), torch.device("cpu"))
+    grads, targets = _gradients(plan) if need_grad else ([], [0] * len(matrices))
+    table = _table(addresses, codes, plan.ranks, plan.lengths, targets)
+    factor = weight if squared else weight / len(matrices)
+    value: Tensor = ops.orthogonality(table, factor, squared, torch.float64 in dtypes)
     del read  # until here it keeps copies alive, whose addresses the table holds
     return value, grads
 
@@ -152,13 +147,41 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return dropped
 
 
-def _like(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Uninitialised tensors of the same shapes and dtypes, those of one dtype in one buffer."""
-    sizes: dict[torch.dtype, list[int]] = {}
-    for m in matrices:
-        sizes.setdefault(m.dtype, []).append(m.numel())
-    parts = {dtype: iter(torch.empty(sum(counts), dtype=dtype).split(counts)) for dtype, counts in sizes.items()}
-    return [next(parts[m.dtype]).view(m.shape) for m in matrices]
+@dataclass(frozen=True)
+class _OrthogonalityPlan:
+    """What depends on shapes and dtypes alone: the table's rows, and which matrices are alike in both."""
+
+    ranks: list[int]
+    lengths: list[int]
+    alike: list[tuple[torch.dtype, torch.Size, list[int]]]
+
+
+@lru_cache(maxsize=16)
+def _orthogonality_plan(shapes: tuple[torch.Size, ...], dtypes: tuple[torch.dtype, ...]) -> _OrthogonalityPlan:
+    layers = len(shapes) // 2
+    if flat := [i for i, shape in enumerate(shapes) if len(shape) != 2]:
+        name = f"lora_A[{flat[0]}]" if flat[0] < layers else f"lora_B[{flat[0] - layers}]"
+        raise ValueError(f"{name}: expected 2 dimensions, got {list(shapes[flat[0]])}")
+    alike: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+    for i, key in enumerate(zip(dtypes, shapes, strict=True)):
+        alike.setdefault(key, []).append(i)
+    return _OrthogonalityPlan(
+        ranks=[shape[i >= layers] for i, shape in enumerate(shapes)],
+        lengths=[shape[i < layers] for i, shape in enumerate(shapes)],
+        alike=[(dtype, shape, places) for (dtype, shape), places in alike.items()],
+    )
+
+
+def _gradients(plan: _OrthogonalityPlan) -> tuple[list[Tensor], list[int]]:
+    """Room for the gradients, those of one shape and dtype in one buffer, and their addresses."""
+    grads: list[Tensor] = [torch.empty(0)] * len(plan.ranks)
+    addresses = [0] * len(plan.ranks)
+    for dtype, shape, places in plan.alike:
+        buffer = torch.empty((len(places), *shape), dtype=dtype)
+        begin, size = buffer.data_ptr(), shape.numel() * dtype.itemsize
+        for j, (place, grad) in enumerate(zip(places, buffer.unbind(0), strict=True)):
+            grads[place], addresses[place] = grad, begin + j * size
+    return grads, addresses
 
 
 def _values_table(lora_E: Sequence[Tensor], total_rank: int) -> Tensor:

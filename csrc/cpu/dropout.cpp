@@ -30,6 +30,7 @@ Tensor dropout(const Tensor& x, int64_t threshold, double scale, const Tensor& s
   const DType dtype = dtype_of(x.scalar_type());
   const int64_t m = x.size(0), k = x.size(1), size = size_of(dtype), stride_m = x.stride(0), stride_k = x.stride(1);
   Tensor out = torch::stable::new_empty(x, {m, k});
+  if (threshold > 0xffffffff) return torch::stable::zero_(out);
   const char* in = static_cast<const char*>(x.const_data_ptr());
   char* result = static_cast<char*>(out.mutable_data_ptr());
   const uint64_t key = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
@@ -37,7 +38,8 @@ Tensor dropout(const Tensor& x, int64_t threshold, double scale, const Tensor& s
   const int64_t rows = std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, k));
   for_each_item((m + rows - 1) / rows, m * k > kItemElements, [] { return 0; }, [&](int64_t item, int) {
     for (int64_t row = item * rows; row < std::min(m, (item + 1) * rows); ++row)
-      run(result + row * k * size, in + row * stride_m * size, dtype, stride_k, k, row * k, key, threshold, scale);
+      run(result + row * k * size, in + row * stride_m * size, dtype, stride_k, k, row * k, key,
+          static_cast<uint32_t>(threshold), scale);
   });
   return out;
 }

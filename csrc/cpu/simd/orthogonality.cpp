@@ -7,9 +7,10 @@ namespace adalora::cpu::ADALORA_ISA {
 
 namespace {
 
-constexpr int kTile = 4;      // rows of A against rows of A
-constexpr int kRows = 8;      // rows of B at a time
-constexpr int64_t kFold = 512;  // rows of B summed in T before they go on in fp64
+constexpr int kTile = 4;         // rows of A against rows of A
+constexpr int kRows = 8;         // rows of B at a time
+constexpr int64_t kFold = 1024;  // rows of B summed in T before they go on in fp64,
+constexpr int64_t kStep = 64;    // in steps of so many rows, against rounding
 
 // C[i, j] += Σ_k A[i, k] A[j, k] for one kTile × kTile tile, vectors along k.
 template <typename T>
@@ -72,9 +73,14 @@ ADALORA_INLINE void gram_slab(const T* b, int64_t rank, int64_t safe, int64_t be
     for (int64_t j0 = i0 / lanes * lanes; j0 < rank; j0 += lanes) {
       Vec<T> acc[kRows] = {};
       int64_t n = begin;
-      for (; n < whole; ++n) {
-        const Vec<T> row = load(b + n * rank + j0);
-        for (int i = 0; i < kRows; ++i) acc[i] += b[n * rank + i0 + i] * row;
+      while (n < whole) {
+        const int64_t stop = n + kStep < whole ? n + kStep : whole;
+        Vec<T> part[kRows] = {};
+        for (; n < stop; ++n) {
+          const Vec<T> row = load(b + n * rank + j0);
+          for (int i = 0; i < kRows; ++i) part[i] += b[n * rank + i0 + i] * row;
+        }
+        for (int i = 0; i < kRows; ++i) acc[i] += part[i];
       }
       for (; n < end; ++n) {
         const Vec<T> row = load_first(b + n * rank + j0, rank - j0);
