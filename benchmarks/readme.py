@@ -1,0 +1,83 @@
+"""``python -m benchmarks.readme``: write the README table from the committed records; ``--check`` only compares."""
+compares."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- measured: begin (python -m benchmarks.readme) -->", "<!-- measured: end -->"
+
+
+def load() -> dict[str, Any]:
+    """The committed records of the CPU."""
+    record: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
+    return record
+
+
+def table(result: dict[str, Any]) -> str:
+    """The section in Markdown."""
+    about = result["environment"]
+    lines = [
+        f"On {about['cores']} cores of an {about['device']}, torch {about['torch']}, PEFT {about['peft']}, commit "
+        f"`{about['commit']}`, by `make bench`; medians of interleaved rounds in one process.",
+        "",
+        "The layer, forward + backward, R = 12, as a multiple of the frozen `F.linear` (the floor is its arithmetic):",
+        "",
+        "| K×N | tokens | dtype | threads | ours | PEFT | `addmm_` by hand | floor |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    engines = []
+    for record in result["records"]:
+        case = record["case"]
+        if "ratio_to_frozen" in record:
+            r = record["ratio_to_frozen"]
+            lines.append(
+                f"| {case['K']}×{case['N']} | {case['M']} | {case['dtype']} | {case['threads']} | {r['ours']:.3f} "
+                f"| {r['peft']:.3f} | {r['addmm_']:.3f} | {record['flop_floor']:.3f} |"
+            )
+        else:
+            ms, times = record["milliseconds"], record["peft_over_ours"]
+            engines.append(
+                f"| {case['matrices']} | {case['threads']} | {ms['peft all']['median']:.1f} | "
+                f"{ms['ours all']['median']:.2f} | {times['all']:.1f} | {times['importance + masking']:.1f} | "
+                f"{times['orthogonality']:.1f} |"
+            )
+    lines += [
+        "",
+        "Importance + masking + orthogonality of one step, DeBERTa-v3-base's matrices at r = 12, fp32:",
+        "",
+        "| matrices | threads | PEFT, ms | ours, ms | PEFT / ours | of which importance + masking | orthogonality |",
+        "|---|---|---|---|---|---|---|",
+        *engines,
+    ]
+    return "\n".join(lines)
+
+
+def replaced(readme: str, section: str) -> str:
+    """``readme`` with the part between the marks exchanged."""
+    head, _, rest = readme.partition(BEGIN)
+    _, mark, tail = rest.partition(END)
+    if not mark:
+        raise ValueError(f"README.md: expected the marks {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n{section}\n{END}{tail}"
+
+
+def main() -> int:
+    """Write the table, or with --check exit 1 where README disagrees."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README disagrees")
+    path = ROOT / "README.md"
+    now = path.read_text(encoding="utf-8")
+    wanted = replaced(now, table(load()))
+    if parser.parse_args().check:
+        return int(now != wanted)
+    path.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
