@@ -1,7 +1,7 @@
 """PEFT's AdaLoRA model with its orthogonality term and its rank allocation done for all layers at once.
 
-The term is PEFT's, γ · mean ‖·‖_F over all matrices, added to ``outputs.loss``; but in training only, whatever the task type, and
-once per optimizer step. The schedule is PEFT's, and so is the format of ``config.rank_pattern``.
+The term is PEFT's, γ · mean ‖·‖_F over all matrices, added to ``outputs.loss``; but in training only, whatever the task
+type, and once per optimizer step. The schedule is PEFT's, and so is the format of ``config.rank_pattern``.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ class FusedAdaLoraModel(AdaLoraModel):
         return self._with_orthogonality(outputs, kwargs)
 
     def orthogonality_loss(self) -> Tensor:
-        """The orthogonality term of the trained adapter: 0-d, differentiable, weight included; 0 without a trained adapter.
+        """The trained adapter's orthogonality term: 0-d, differentiable, weight included; 0 where no adapter trains.
 
-        A loss that the model returns holds it already, in training. Add it to a loss that is computed outside of the model.
+        In training, a loss that the model returns holds it already. Add it to a loss that is computed elsewhere.
         """
         state = self.fused_state
         state.term_used = True
@@ -109,24 +109,25 @@ class FusedAdaLoraModel(AdaLoraModel):
         return total
 
     def _with_orthogonality(self, outputs: Any, kwargs: dict[str, Any]) -> Any:
-        loss = outputs.get("loss") if isinstance(outputs, dict) else getattr(outputs, "loss", None)
         if not self.training or self.trained_adapter() is None:
             return outputs
+        named = hasattr(outputs, "loss")
+        loss = outputs.loss if named else outputs.get("loss") if isinstance(outputs, dict) else None
         if not isinstance(loss, Tensor):
             self.fused_state.term_missed |= torch.is_grad_enabled()
             return outputs
-        # With a token count, transformers' Trainer takes each micro-batch's loss as a share of the step's and doesn't divide it.
+        # With a token count, transformers' Trainer takes this loss as a share of the step's and doesn't divide it.
         if kwargs.get("num_items_in_batch") is not None and not self._starts_a_step():
             return outputs
         self.fused_state.term_due = False
         loss = loss + self.orthogonality_loss().to(device=loss.device, dtype=loss.dtype)
-        if isinstance(outputs, dict):
-            outputs = copy(outputs)
-            outputs["loss"] = loss
-        elif isinstance(outputs, tuple):
-            outputs = outputs._replace(loss=loss)  # type: ignore[attr-defined]
-        else:
+        if isinstance(outputs, tuple):
+            return outputs._replace(loss=loss)  # type: ignore[attr-defined]
+        if named:
             outputs.loss = loss
+            return outputs
+        outputs = copy(outputs)
+        outputs["loss"] = loss
         return outputs
 
     def _starts_a_step(self) -> bool:
@@ -139,16 +140,17 @@ class FusedAdaLoraModel(AdaLoraModel):
     def update_and_allocate(self, global_step: int) -> None:
         """PEFT's entry point: call it after ``optimizer.step()`` and before ``zero_grad()``.
 
-        While global_step < total_step - tfinal the gradients go into the importance averages. A step with a gradient that is not finite leaves
-        averages and pattern as they are, a parameter without a gradient keeps its averages, and a target rank at or above the initial one
-        prunes nothing. ``config.rank_pattern`` changes where this step ranked; reading it back waits for the device.
+        While global_step < total_step - tfinal the gradients go into the importance averages. A step with a gradient
+        that is not finite leaves averages and pattern as they are, a parameter without a gradient keeps its averages,
+        and a target rank at or above the initial one prunes nothing. The schedule is read from the config at each step.
+        ``config.rank_pattern`` changes where this step ranked; that read-back waits for the device.
 
         Args:
             global_step: the optimizer step that was just made, counted from 0.
 
         Raises:
-            ValueError: no adapter trains; or no parameter has a gradient although one is needed, that is, ``backward`` was not called
-                or the gradients are already cleared. Model and allocator are left as they were.
+            ValueError: no adapter trains; or no parameter has a gradient although one is needed, that is, ``backward``
+                was not called or the gradients are already cleared. Model and allocator are left as they were.
         """
         trained = self.trained_adapter()
         if trained is None:
@@ -233,7 +235,7 @@ class FusedAdaLoraModel(AdaLoraModel):
                 current = gather(row, kept.get(triplet.name))
                 if len(current) != rank:
                     raise ValueError(
-                        f"rank_pattern[{triplet.name!r}]: {len(row)} rows of which {sum(row)} live, but the layer has {rank}"
+                        f"rank_pattern[{triplet.name!r}]: expected one entry for each of {rank} rows, got {len(row)}"
                     )
                 rows.extend(current)
             allocator.importance.live.copy_(torch.tensor(rows, dtype=torch.bool))

@@ -1,7 +1,7 @@
 """One line makes a PEFT AdaLoRA model fast: ``patch_model(model)``, or ``patch_peft()`` before PEFT builds it.
 
-Patching exchanges classes in place. Parameters, optimizer references, hooks, ``state_dict`` and ``save_pretrained`` stay what they were, and
-checkpoints go both ways between patched and unpatched PEFT.
+Patching exchanges classes in place. Parameters, optimizer references, hooks, ``state_dict`` and ``save_pretrained``
+stay what they were, and checkpoints go both ways between patched and unpatched PEFT.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class LayerReport:
 def patch_model(peft_model: Model, backend: str | Backend | None = None) -> Model:
     """Exchange the classes of PEFT's AdaLoRA layers and model for the fused ones, in place.
 
-    Layers that PEFT built for other bases (Conv2d, bitsandbytes, GPTQ) keep PEFT's code; ``layer_report`` lists them. A model that is
-    patched already stays so and takes the backend.
+    Layers that PEFT built for other bases (Conv2d, bitsandbytes, GPTQ) keep PEFT's code; ``layer_report`` lists them. A
+    model that is patched already stays so and takes the backend.
 
     Args:
         peft_model: a ``PeftModel``, an ``AdaLoraModel``, or any module that holds PEFT's AdaLoRA layers.
@@ -99,7 +99,7 @@ def unpatch_model(peft_model: Model) -> Model:
 
 
 def patch_peft() -> None:
-    """Patch whatever AdaLoRA model PEFT builds or extends from now on: get_peft_model, from_pretrained, add_adapter, injection."""
+    """Patch what PEFT builds or extends from now on: get_peft_model, from_pretrained, add_adapter, injection."""
     if "inject_adapter" in AdaLoraModel.__dict__:
         return
     AdaLoraModel.inject_adapter = _inject_and_patch

@@ -1,7 +1,7 @@
-"""PEFT's rank pattern, {"<path>.lora_E.<adapter>": [which rows live]}, by layer; and what PEFT's own allocator remembers.
+"""PEFT's rank pattern, {"<path>.lora_E.<adapter>": [which rows live]}, and what PEFT's own allocator remembers.
 
-PEFT drops the adapter's name when it saves, and cuts it out of the path as well where the path happens to contain it. A pattern
-always has as many entries as the layer had rows at first, also after loading has left only the live rows.
+PEFT drops the adapter's name when it saves, and cuts it out of the path as well where the path happens to contain it. A
+pattern always has as many entries as the layer had rows at first, also after loading has left only the live rows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def path_key(path: str, adapter: str) -> str:
 
 
 def spread(live: Sequence[bool], kept: Sequence[bool] | None) -> list[bool]:
-    """The live rows of a layer, placed among the rows that it had at first, of which ``kept`` says which were loaded."""
+    """The live rows of a layer among those that it had at first; ``kept`` says which of these were loaded."""
     if kept is None:
         return list(live)
     rows = iter(live)

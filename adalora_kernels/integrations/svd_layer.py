@@ -1,8 +1,8 @@
 """PEFT's AdaLoRA linear layer with its forward fused into one call (AdaLoRA, arXiv 2303.10512, equation 3).
 
-PEFT: base(x) + (drop(x) @ (A ⊙ E)ᵀ @ Bᵀ) · scaling / (ranknum + 1e-5), for each active adapter. Here the first adapter and the frozen
-product are one call where the base's weight may be read directly; otherwise the base runs as it is and the increment is added
-into its output in place.
+PEFT: base(x) + (drop(x) @ (A ⊙ E)ᵀ @ Bᵀ) · scaling / (ranknum + 1e-5), for each active adapter. Here the first adapter
+and the frozen product are one call where the base's weight may be read directly; otherwise the base runs as it is and
+the increment is added into its output in place.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _FORWARD_ATTRIBUTES = ("forward", "_old_forward")
 
 
 class FusedSVDLinear(SVDLinear):
-    """What ``patch_model`` exchanges PEFT's ``SVDLinear`` for. Parameters, hooks and names stay; only methods differ."""
+    """What ``patch_model`` exchanges PEFT's ``SVDLinear`` for: the same state, other methods."""
 
     fused_backend: str | Backend | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As PEFT's: the base where adapters are disabled or merged, else the base plus each active adapter's increment.
+        """As PEFT's: the base where adapters are disabled or merged, else also each active adapter's increment.
 
         Args:
             x: [..., K].
@@ -72,7 +72,7 @@ class FusedSVDLinear(SVDLinear):
         self.ranknum[adapter_name].requires_grad_(False)
 
     def _reads(self, x: Tensor, adapters: list[str]) -> bool:
-        """Whether our kernels can read everything: a DTensor, a FakeTensor, a meta tensor, a foreign dropout are left to PEFT's code."""
+        """Whether our kernels can read it all: DTensors, FakeTensors, meta tensors, foreign dropouts are PEFT's."""
         if type(x) not in _PLAIN or x.is_meta:
             return False
         return all(
@@ -94,7 +94,7 @@ class FusedSVDLinear(SVDLinear):
 
 
 def base_obstacle(base: nn.Module) -> str | None:
-    """Why the base must be called rather than its weight read, or None where the weight alone says what the base does."""
+    """Why the base must be called rather than its weight read; None where the weight says all that the base does."""
     if type(base) is not nn.Linear and type(base) is not Conv1D:
         return f"the base is a {type(base).__name__}"
     weight = base._parameters.get("weight")

@@ -1,7 +1,8 @@
 """AdaLoRA in transformers' Trainer: the allocator is called after each optimizer step, and its figures are logged.
 
-The Trainer clips, steps, calls ``on_optimizer_step`` while gradients are alive and ``global_step`` still counts from 0, and only then clears
-the gradients. That is the one event at which importance can be read; with gradient accumulation it comes once per optimizer step.
+The Trainer clips, steps, calls ``on_optimizer_step`` while gradients are alive and ``global_step`` still counts from 0,
+and only then clears the gradients. That is the one event at which importance can be read; with gradient accumulation it
+comes once per optimizer step.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ class _Driver(Protocol):
 class AdaLoraCallback(TrainerCallback):
     """Calls the rank allocator after each optimizer step of a Trainer.
 
-    With PEFT it drives ``base_model.update_and_allocate``, patched or not. For models of our ``SVDLinear`` give the allocator.
-    The Trainer's training logs then hold adalora/live_rank, adalora/budget and, where the model is patched, adalora/orthogonality.
+    With PEFT it drives ``base_model.update_and_allocate``, patched or not. For models of our ``SVDLinear`` give the
+    allocator. The Trainer's training logs then hold adalora/live_rank, adalora/budget and, where the model is patched,
+    adalora/orthogonality.
 
     Args:
         allocator: for models that are not PEFT's; None finds PEFT's AdaLoRA model in the Trainer's model.
-        total_step: "auto" takes the Trainer's own number of optimizer steps, a number sets it, None leaves it as configured.
-            A schedule that is not as long as the training is warned about once.
+        total_step: "auto" takes the Trainer's own number of optimizer steps, a number sets it, None leaves it as it was
+            configured. A schedule that is not as long as the training is warned about once.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -58,8 +60,10 @@ class AdaLoraCallback(TrainerCallback):
         self._last_step = 0
 
     def attach(self, trainer: Trainer) -> AdaLoraCallback:
-        """Add this to ``trainer`` ahead of its other callbacks, so that TensorBoard and others, which come before a user's callbacks, log
-        AdaLoRA's figures as well. Passed as ``callbacks=[...]``, they reach the log history, the console and later callbacks only.
+        """Add this to ``trainer`` ahead of its other callbacks, so that TensorBoard and the like get its figures.
+
+        Reporters come before a user's callbacks: passed as ``callbacks=[...]``, this one's figures reach the log
+        history, the console and later callbacks alone.
         """
         trainer.callback_handler.callbacks.insert(0, self)
         return self

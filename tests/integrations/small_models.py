@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("peft")
-
 from peft import AdaLoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import (
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
@@ -23,6 +19,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+
+from adalora_kernels.integrations.peft import patch_model
 
 VOCABULARY = 61
 ARCHITECTURES = ("deberta", "llama", "gpt2")
@@ -78,8 +76,14 @@ _BUILDERS: dict[str, Callable[[int], tuple[nn.Module, str | None, list[str]]]] =
 
 
 def build(
-    architecture: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, adapter: str = "default", layers: int = 2,
-    autocast_adapter_dtype: bool = True, **settings: Any,
+    architecture: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    adapter: str = "default",
+    layers: int = 2,
+    autocast_adapter_dtype: bool = True,
+    **settings: Any,
 ) -> PeftModel:
     """A small random model under AdaLoRA with E ≠ 0, in training mode."""  # fmt: skip
     torch.manual_seed(seed)
@@ -116,8 +120,9 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def train(model: nn.Module, steps: int, *, start: int = 0, lr: float = 1e-2, allocate: bool = True) -> list[float]:
-    """Steps of AdamW with the allocator after each; the losses. By way of the AdaLoRA model, since PEFT adds its orthogonality term there
-    alone where there is no task type.
+    """Steps of AdamW with the allocator after each; the losses.
+
+    By way of the AdaLoRA model: where there is no task type, PEFT adds its orthogonality term there alone.
     """
     optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=lr)
     losses = []
@@ -134,14 +139,4 @@ def train(model: nn.Module, steps: int, *, start: int = 0, lr: float = 1e-2, all
 
 def twins(model: PeftModel, **options: Any) -> tuple[PeftModel, PeftModel]:
     """An unpatched and a patched copy of ``model``."""
-    from adalora_kernels.integrations.peft import patch_model
-
     return copy.deepcopy(model), patch_model(copy.deepcopy(model), **options)
-
-
-@pytest.fixture(autouse=True)
-def _quiet_and_unpatched() -> Iterator[None]:
-    yield
-    from adalora_kernels.integrations.peft import unpatch_peft
-
-    unpatch_peft()

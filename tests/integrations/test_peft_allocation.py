@@ -1,4 +1,4 @@
-"""Importance, masks and the orthogonality term of a patched model, against PEFT's own allocator and against PEFT's defects."""
+"""Importance, masks and the orthogonality term of a patched model, against PEFT's allocator and its defects."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
-from conftest import adapter_parameters, batch, build, train, twins
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from adalora_kernels.integrations.peft import patch_model, unpatch_model
 from adalora_kernels.testing.tolerances import assert_within_budget
+from tests.integrations.small_models import adapter_parameters, batch, build, train, twins
 
 BETA = 0.85
 
@@ -246,7 +246,9 @@ def test_the_term_does_not_depend_on_the_task_type(kind: str) -> None:
     x = torch.randn(3, 8)
     expected, actual = (_loss_of(m(x)) for m in (theirs, ours))
     term = ours.base_model.last_orthogonality
-    matrices = [p if "lora_A" in name else p.T for name, p in ours.named_parameters() if "lora_A" in name or "lora_B" in name]
+    matrices = [
+        p if "lora_A" in name else p.T for name, p in ours.named_parameters() if "lora_A" in name or "lora_B" in name
+    ]
     wanted = 0.5 * sum(torch.linalg.matrix_norm(m @ m.T - torch.eye(len(m))) for m in matrices) / len(matrices)
     torch.testing.assert_close(term, wanted.detach())
     torch.testing.assert_close(actual, expected + term)

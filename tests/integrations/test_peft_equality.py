@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, adapter_parameters, batch, build, train, twins
 from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from adalora_kernels.integrations.peft import layer_report, patch_model
 from adalora_kernels.integrations.svd_layer import FusedSVDLinear
 from adalora_kernels.testing.tolerances import assert_within_budget
+from tests.integrations.small_models import ARCHITECTURES, adapter_parameters, batch, build, train, twins
 
 
 def _loss_and_gradients(model: nn.Module, autocast: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ def test_loss_and_gradients(architecture: str, dtype: torch.dtype, autocast: tor
         if dtype == torch.float32 and autocast is None:
             assert_within_budget(name, value, expected[name], exact[name])
             continue
-        # After a network in 16 bits a gradient's worst element is chance, and its norm is not: same budget, on the norm.
+        # After a network in 16 bits a gradient's worst element is chance, its norm is not: same budget on the norm.
         error, allowance = ((result.double() - exact[name]).norm() for result in (value, expected[name]))
         rounding = torch.finfo(torch.bfloat16).eps * exact[name].norm()
         assert error <= 2 * allowance + rounding, f"{name}: error {error:.2e}, PEFT's {allowance:.2e}"

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import adapter_parameters, batch, build, train, twins
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from adalora_kernels.integrations.adalora_model import FusedAdaLoraModel
 from adalora_kernels.integrations.peft import layer_report, patch_model, patch_peft, unpatch_model, unpatch_peft
 from adalora_kernels.integrations.svd_layer import FusedSVDLinear
+from tests.integrations.small_models import adapter_parameters, batch, build, train, twins
 
 
 def _classes(model: nn.Module) -> dict[str, type[nn.Module]]:
@@ -221,7 +221,9 @@ def test_patch_peft_covers_what_peft_builds(tmp_path) -> None:
         assert type(model.base_model) is FusedAdaLoraModel
         assert type(model.get_base_model().model.layers[0].mlp.gate_proj) is FusedSVDLinear
 
-    injected = inject_adapter_in_model(AdaLoraConfig(target_modules=["0"], total_step=9), nn.Sequential(nn.Linear(4, 4)))
+    injected = inject_adapter_in_model(
+        AdaLoraConfig(target_modules=["0"], total_step=9), nn.Sequential(nn.Linear(4, 4))
+    )
     assert type(injected[0]) is FusedSVDLinear
 
     unpatch_peft()

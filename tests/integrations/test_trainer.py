@@ -1,0 +1,192 @@
+"""The callback in transformers' Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from adalora_kernels.allocator import RankAllocator
+from adalora_kernels.integrations.peft import patch_model
+from adalora_kernels.integrations.trainer import AdaLoraCallback
+from adalora_kernels.nn import SVDLinear
+from tests.integrations.small_models import VOCABULARY, adapter_parameters, build
+
+STEPS = 20
+
+
+class _Sentences(torch.utils.data.Dataset):
+    def __init__(self, rows: int = 96) -> None:
+        self.tokens = torch.randint(1, VOCABULARY, (rows, 6), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+def _trainer(model: nn.Module, folder: Path, callbacks: list[Any], **options: Any) -> Trainer:
+    settings = {
+        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2, "logging_steps": 5, "learning_rate": 5e-3, "report_to": [], "use_cpu": True,
+        "save_strategy": "no", "seed": 0, "disable_tqdm": True, "lr_scheduler_type": "constant", **options,
+    }  # fmt: skip
+    return Trainer(model, TrainingArguments(**settings), train_dataset=_Sentences(), callbacks=callbacks)
+
+
+def _record_calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps at which the allocator is called, with gradients alive."""
+    tuner, steps = model.base_model, []
+    original = type(tuner).update_and_allocate
+
+    def record(self: Any, global_step: int) -> None:
+        assert all(p.grad is not None for p in adapter_parameters(model).values())
+        steps.append(global_step)
+        original(self, global_step)
+
+    monkeypatch.setattr(type(tuner), "update_and_allocate", record)
+    return steps
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["peft", "patched"])
+def test_once_per_optimizer_step_under_accumulation(
+    patched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama", total_step=STEPS)
+    if patched:
+        patch_model(model)
+    steps = _record_calls(model, monkeypatch)
+    callback = AdaLoraCallback()
+    trainer = _trainer(model, tmp_path, [callback])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="AdaLoRA")
+        trainer.train()
+    assert steps == list(range(STEPS))
+    pattern = model.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == 3 * len(pattern)
+    records = [record for record in trainer.state.log_history if "loss" in record]
+    assert [record["step"] for record in records] == [5, 10, 15, 20]
+    assert records[-1]["adalora/live_rank"] == records[-1]["adalora/budget"] == 3 * len(pattern)
+    assert records[0]["adalora/budget"] > records[-1]["adalora/budget"]
+    assert all(("adalora/orthogonality" in record) is patched for record in records)
+
+
+def test_patched_and_unpatched_trainings_agree(tmp_path: Path) -> None:
+    """Without accumulation, where PEFT counts the orthogonality term once."""
+    losses = []
+    for patched in (False, True):
+        model = build("llama", total_step=STEPS)
+        trainer = _trainer(
+            patch_model(model) if patched else model, tmp_path, [AdaLoraCallback()],
+            gradient_accumulation_steps=1, logging_steps=1,
+        )  # fmt: skip
+        trainer.train()
+        losses.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
+    assert len(losses[0]) == STEPS
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_the_term_counts_once_under_accumulation(tmp_path: Path) -> None:
+    """The loss of a step doesn't depend on how the step is cut; PEFT's holds the term once for each micro-batch."""
+    totals = {}
+    for patched in (False, True):
+        for accumulation in (1, 4):
+            model = build("llama", total_step=STEPS, orth_reg_weight=1.0)
+            trainer = _trainer(
+                patch_model(model) if patched else model, tmp_path, [AdaLoraCallback()], max_steps=9,
+                gradient_accumulation_steps=accumulation, per_device_train_batch_size=8 // accumulation,
+                logging_steps=1,
+            )  # fmt: skip
+            trainer.train()
+            totals[patched, accumulation] = next(r["loss"] for r in trainer.state.log_history if "loss" in r)
+    assert totals[True, 4] == pytest.approx(totals[True, 1], rel=1e-4)
+    assert totals[True, 1] == pytest.approx(totals[False, 1], rel=1e-4)
+    assert totals[False, 4] > totals[False, 1] + 1.0
+
+
+def test_the_schedule_takes_the_trainers_length(tmp_path: Path) -> None:
+    model = patch_model(build("llama", total_step=500))
+    _trainer(model, tmp_path, [AdaLoraCallback()]).train()
+    assert model.peft_config["default"].total_step == STEPS
+    pattern = model.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == 3 * len(pattern)
+
+
+@pytest.mark.parametrize("total_step", [None, 50])
+def test_a_schedule_of_another_length_is_warned_about_once(total_step: int | None, tmp_path: Path) -> None:
+    model = patch_model(build("llama", total_step=500))
+    with pytest.warns(UserWarning, match=f"schedule has {total_step or 500} steps, the training {STEPS}") as caught:
+        _trainer(model, tmp_path, [AdaLoraCallback(total_step=total_step)]).train()
+    assert sum("AdaLoRA's schedule" in str(warning.message) for warning in caught) == 1
+    assert model.peft_config["default"].total_step == (total_step or 500)
+
+
+def test_a_training_too_short_for_the_schedule_is_refused(tmp_path: Path) -> None:
+    model = patch_model(build("llama", tinit=12, tfinal=12, total_step=500))
+    with pytest.raises(ValueError, match="total_step: expected more than the schedule's 12 initial and 12 final steps"):
+        _trainer(model, tmp_path, [AdaLoraCallback()]).train()
+    assert model.peft_config["default"].total_step == 500
+
+
+def test_attached_first_its_figures_reach_every_callback(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    trainer = _trainer(patch_model(build("llama")), tmp_path, [Reporter()])
+    AdaLoraCallback().attach(trainer)
+    trainer.train()
+    assert "adalora/live_rank" in seen[0] and "adalora/orthogonality" in seen[0]
+    assert not any(key.startswith("adalora/") for key in seen[-1])  # the summary of the run
+
+
+class _Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 16)
+        self.hidden = SVDLinear(16, 16, r=6, lora_alpha=12, merge_weights=False)
+        self.out = SVDLinear(16, VOCABULARY, r=6, lora_alpha=12, merge_weights=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.out(torch.tanh(self.hidden(self.embed(input_ids))))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def test_our_own_layers_with_an_allocator(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = _Network()
+    allocator = RankAllocator(model, 6, 2, 2, 5, 1, 0.85, 0.85)
+    trainer = _trainer(model, tmp_path, [AdaLoraCallback(allocator)])
+    trainer.train()
+    assert allocator.total_step == STEPS and allocator.global_step == STEPS - 1
+    assert sum(allocator.live_ranks().values()) <= 4
+    records = [record for record in trainer.state.log_history if "loss" in record]
+    assert records[-1]["adalora/budget"] == 4.0 and "adalora/live_rank" in records[-1]
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="allocator: expected a RankAllocator"):
+        AdaLoraCallback("allocator")
+    with pytest.raises(ValueError, match="total_step: expected 'auto'"):
+        AdaLoraCallback(total_step="all")
+    with pytest.raises(ValueError, match="total_step: expected at least 1"):
+        AdaLoraCallback(total_step=0)
+    with pytest.raises(ValueError, match="expected one PEFT AdaLoRA model in _Network, found 0"):
+        _trainer(_Network(), tmp_path, [AdaLoraCallback()]).train()
+    model = patch_model(build("llama"))
+    allocator = RankAllocator(_Network(), 6, 2, 2, 5, 1, 0.85, 0.85)
+    with pytest.raises(ValueError, match="allocator: expected None"):
+        _trainer(model, tmp_path, [AdaLoraCallback(allocator)]).train()
+    inference = patch_model(build("llama", inference_mode=True))
+    for parameter in inference.parameters():
+        parameter.requires_grad_(True)
+    with pytest.raises(ValueError, match="found only inference adapters"):
+        _trainer(inference, tmp_path, [AdaLoraCallback()]).train()
