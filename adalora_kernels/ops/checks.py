@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def _check_rank_vector(name: str, tensor: Tensor, r: int) -> None:
         raise ValueError(f"{name}: expected [{r}, 1] or [{r}], got {list(tensor.shape)}")
 
 
-def floating_state_dtype(tensors: list[Tensor]) -> torch.dtype:
+def floating_state_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype of state kept for these parameters: fp64 if any of them is fp64, else fp32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 

@@ -51,15 +51,22 @@ def _check(
         raise ValueError(
             f"scores, half: expected [{layout.total_rank}] and [1], got {list(scores.shape)} and {list(half.shape)}"
         )
-    device = state.device
+    # All at once first: this runs in every step, for hundreds of parameters.
+    present = [(p, g) for p, g in zip(params, grads, strict=True) if g is not None]
+    if (
+        [p.numel() for p in params] == list(layout.sizes)
+        and all(p.shape == g.shape for p, g in present)
+        and {t.device for t in (*params, *(g for _, g in present))} <= {state.device}
+    ):
+        return
     for i, (param, grad, size) in enumerate(zip(params, grads, layout.sizes, strict=True)):
-        if param.numel() != size or param.device != device:
+        if param.numel() != size or param.device != state.device:
             raise ValueError(
-                f"params[{i}]: expected {size} elements on {device}, got {list(param.shape)} on {param.device}"
+                f"params[{i}]: expected {size} elements on {state.device}, got {list(param.shape)} on {param.device}"
             )
-        if grad is not None and (grad.shape != param.shape or grad.device != device):
+        if grad is not None and (grad.shape != param.shape or grad.device != state.device):
             raise ValueError(
-                f"grads[{i}]: expected {list(param.shape)} on {device}, got {list(grad.shape)} on {grad.device}"
+                f"grads[{i}]: expected {list(param.shape)} on {state.device}, got {list(grad.shape)} on {grad.device}"
             )
 
 

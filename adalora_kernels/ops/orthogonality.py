@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adalora_kernels.backends.select import Backend, implementation, select
+from adalora_kernels.ops.checks import floating_state_dtype
 
 
 def orthogonality_loss(
@@ -43,12 +44,11 @@ def orthogonality_loss(
         raise ValueError("lora_A, lora_B: expected at least one matrix, got none")
     if weight < 0:
         raise ValueError(f"weight: expected at least 0, got {weight}")
-    for i, matrix in enumerate(matrices):
-        if matrix.dim() != 2 or matrix.device != matrices[0].device:
-            raise ValueError(
-                f"lora_A, lora_B: expected 2-d matrices on {matrices[0].device}, "
-                f"got {list(matrix.shape)} on {matrix.device} at position {i}"
-            )
+    if {m.dim() for m in matrices} != {2} or len({m.device for m in matrices}) > 1:
+        raise ValueError(
+            "lora_A, lora_B: expected 2-d matrices on one device, got "
+            + ", ".join(sorted({f"{m.dim()}-d on {m.device}" for m in matrices}))
+        )
     return _Orthogonality.apply(float(weight), squared, backend, len(lora_A), *matrices)
 
 
@@ -57,21 +57,33 @@ class _Orthogonality(torch.autograd.Function):
     def forward(
         ctx: Any, weight: float, squared: bool, backend: str | Backend | None, n_A: int, *matrices: Tensor
     ) -> Tensor:
-        chosen = select("orthogonality", matrices[0].device.type, matrices[0].dtype, 0, backend).backend
-        launch = implementation("orthogonality", chosen).orthogonality
-        need_grad = any(ctx.needs_input_grad)
-        value, ctx.grads = launch(matrices[:n_A], matrices[n_A:], weight, squared, need_grad)
+        ctx.arguments = weight, squared, backend, n_A
+        ctx.save_for_backward(*matrices)
+        value, ctx.grads = _launch(matrices, *ctx.arguments, any(ctx.needs_input_grad))
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
-        if grad_value.device.type == "cpu" and grad_value.item() == 1.0:
-            grads = ctx.grads
-        else:
-            grads = torch._foreach_mul(ctx.grads, grad_value)
+        # Given away rather than kept, so that autograd takes these tensors as .grad instead of copying them. A graph
+        # that is kept for a second backward computes them anew.
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            _, grads = _launch(ctx.saved_tensors, *ctx.arguments, True)
+        if grad_value.device.type != "cpu" or grad_value.item() != 1.0:
+            grads = torch._foreach_mul(grads, grad_value)
         needs = ctx.needs_input_grad[4:]
         return (None, None, None, None, *(g if need else None for g, need in zip(grads, needs, strict=True)))
+
+
+def _launch(
+    matrices: Sequence[Tensor], weight: float, squared: bool, backend: Any, n_A: int, need_grad: bool
+) -> tuple[Tensor, list[Tensor]]:
+    dtype = floating_state_dtype(matrices)
+    chosen = select("orthogonality", matrices[0].device.type, dtype, 0, backend).backend
+    launch = implementation("orthogonality", chosen).orthogonality
+    result: tuple[Tensor, list[Tensor]] = launch(matrices[:n_A], matrices[n_A:], weight, squared, need_grad)
+    return result
 
 
 __all__ = ["orthogonality_loss"]
