@@ -46,4 +46,12 @@ def explain(rank: int, into_base: bool = False) -> str:
     return f"{PLAN}: {start} + low-rank term of rank {rank} in one kernel, u recomputed by each N-tile"
 
 
-__all__ = ["MAX_RANK", "PLAN", "explain", "rank_padding", "svd_linear_backward", "svd_linear_forward", "unavailable_reason"]
+__all__ = [
+    "MAX_RANK",
+    "PLAN",
+    "explain",
+    "rank_padding",
+    "svd_linear_backward",
+    "svd_linear_forward",
+    "unavailable_reason",
+]

@@ -5,10 +5,13 @@ counter m·K + k (64 bits, words 0 and 1) and the 64-bit seed as key, is below r
 ``reference.philox``.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from adalora_kernels.backends.triton.products import rounded
 
 
 @triton.jit
@@ -25,7 +28,7 @@ def keep_mask(m, k, K, seed, last_dropped):
 @triton.jit
 def drop(tile, keep, keep_scale):
     """A tile with its dropped elements 0 and the rest scaled, in the tile's dtype."""
-    return tl.where(keep, tile.to(tl.float32) * keep_scale, 0.0).to(tile.dtype)
+    return rounded(tl.where(keep, tile.to(tl.float32) * keep_scale, 0.0), tile.dtype)
 
 
 def dropout_arguments(p: float) -> tuple[int, float]:

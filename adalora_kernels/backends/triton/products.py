@@ -1,5 +1,6 @@
-"""What forward and backward kernels share: the matrix product of tiles and λ = c · E ⊙ mask."""
+"""What forward and backward kernels share: the matrix product of tiles, rounding, and λ = c · E ⊙ mask."""
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch
@@ -9,6 +10,16 @@ from torch import Tensor
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """The value in DTYPE, to the nearest."""
+    if INTERPRETED and DTYPE.is_bf16():
+        # The interpreter would truncate: round the upper half of the word to nearest even beforehand.
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return value.to(DTYPE)
 
 
 @triton.jit
@@ -35,4 +46,4 @@ def strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if tensor is None else tensor.stride()[:dims]
 
 
-__all__ = ["TRITON_DTYPES", "product", "singular_values", "strides"]
+__all__ = ["TRITON_DTYPES", "product", "rounded", "singular_values", "strides"]

@@ -6,10 +6,13 @@
     dA = (v ⊙ λ)ᵀ drop(x)                     this share one pass over x (and one over dx)
     dB = T ⊙ λ,  dE = c · mask ⊙ colsum(B ⊙ T)
 
-v is kept raw and in fp32 [M, Rpad]. The sums over tokens (T, dA) are taken in two stages: each slab of rows leaves a partial sum,
-and the finishing kernel adds the partials in the order of the slabs. No float atomics, so two runs agree bit for bit.
+v is kept raw and in fp32 [M, Rpad]. The sums over tokens (T, dA) are taken in two stages: each slab of rows leaves a
+partial sum, and the kernel of ``slab_sums`` adds the partials in the order of the slabs. No float atomics, so two runs
+agree bit for bit. Beyond g and x that moves M Rpad fp32 of v and (slabs_T N + slabs_A K) Rpad fp32 of partials, each
+written once and read again.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch
@@ -19,7 +22,8 @@ from torch import Tensor
 
 from adalora_kernels.backends.triton import tiles
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
-from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, singular_values, strides
+from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
+from adalora_kernels.backends.triton.slab_sums import svd_linear_backward_finish_kernel
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -52,7 +56,7 @@ def _svd_linear_backward_v_kernel(
         left = N - start
         g_tile = tl.load(g_ptrs, mask=(m[:, None] < M) & (n[None, :] < left), other=0.0)  # [BLOCK_M, BLOCK_N]
         b_tile = tl.load(b_ptrs, mask=(n[:, None] < left) & (r[None, :] < R), other=0.0)  # [BLOCK_N, BLOCK_R]
-        v = product(g_tile.to(COMPUTE), b_tile.to(COMPUTE), v)
+        v = product(rounded(g_tile, COMPUTE), rounded(b_tile, COMPUTE), v)
         g_ptrs += BLOCK_N * stride_gn
         b_ptrs += BLOCK_N * stride_bn
     v_ptrs = v_ptr + m[:, None] * RANK_PADDED + r[None, :]
@@ -98,7 +102,7 @@ def _svd_linear_backward_t_kernel(
         left = slab_rows - start
         g_tile = tl.load(g_ptrs, mask=(rows[:, None] < left) & (n[None, :] < N), other=0.0)  # [BLOCK_M, BLOCK_N]
         u_tile = tl.load(u_ptrs, mask=(rows[:, None] < left) & (r[None, :] < R), other=0.0)  # [BLOCK_M, BLOCK_R]
-        t = product(tl.trans(g_tile.to(COMPUTE)), u_tile.to(COMPUTE), t)
+        t = product(tl.trans(rounded(g_tile, COMPUTE)), rounded(u_tile, COMPUTE), t)
         g_ptrs += BLOCK_M * stride_gm
         u_ptrs += BLOCK_M * stride_um
     row = r < RANK_PADDED
@@ -140,7 +144,7 @@ def _svd_linear_backward_x_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dx and one slab's share of dAᵀ for a block of columns of x, both or either; they share v ⊙ λ and the dropout mask.
+    """For a block of columns of x: dx, one slab's share of dAᵀ, or both, sharing v ⊙ λ and the dropout mask.
 
     ``product_ptr`` is g W [M, K], row-major, and may be ``dx_ptr`` itself; None leaves the base's share out of dx.
     """
@@ -156,7 +160,8 @@ def _svd_linear_backward_x_kernel(
         seed = tl.load(seed_ptr)
     if dx_ptr is not None:
         a_ptrs = a_ptr + r.to(tl.int64)[:, None] * stride_ar + k[None, :] * stride_ak
-        a_tile = tl.load(a_ptrs, mask=(r[:, None] < R) & (k[None, :] < K), other=0.0).to(COMPUTE)  # [BLOCK_R, BLOCK_K]
+        a_tile = tl.load(a_ptrs, mask=(r[:, None] < R) & (k[None, :] < K), other=0.0)  # [BLOCK_R, BLOCK_K]
+        a_tile = rounded(a_tile, COMPUTE)
     da = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for start in range(0, slab_rows, BLOCK_M):
         m = first + start + rows
@@ -164,12 +169,12 @@ def _svd_linear_backward_x_kernel(
         inside = row[:, None] & (k[None, :] < K)
         v_ptrs = v_ptr + m[:, None] * RANK_PADDED + r[None, :]
         v_tile = tl.load(v_ptrs, mask=row[:, None] & (r[None, :] < RANK_PADDED), other=0.0)  # [BLOCK_M, BLOCK_R]
-        v_scaled = (v_tile * scale[None, :]).to(COMPUTE)
+        v_scaled = rounded(v_tile * scale[None, :], COMPUTE)
         if seed_ptr is not None:
             keep = keep_mask(m, k, K, seed, last_dropped)
         if da_ptr is not None:
             x_ptrs = x_ptr + m[:, None] * stride_xm + k[None, :] * stride_xk
-            x_tile = tl.load(x_ptrs, mask=inside, other=0.0).to(COMPUTE)  # [BLOCK_M, BLOCK_K]
+            x_tile = rounded(tl.load(x_ptrs, mask=inside, other=0.0), COMPUTE)  # [BLOCK_M, BLOCK_K]
             if seed_ptr is not None:
                 x_tile = drop(x_tile, keep, keep_scale)
             da = product(tl.trans(x_tile), v_scaled, da)
@@ -180,77 +185,10 @@ def _svd_linear_backward_x_kernel(
             offsets = m[:, None] * K + k[None, :]
             if product_ptr is not None:
                 dx += tl.load(product_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+            tl.store(dx_ptr + offsets, rounded(dx, dx_ptr.dtype.element_ty), mask=inside)
     if da_ptr is not None:
         da_ptrs = da_ptr + (slab * K + k)[:, None] * RANK_PADDED + r[None, :]
         tl.store(da_ptrs, da, mask=(k[:, None] < K) & (r[None, :] < RANK_PADDED))
-
-
-@triton.jit
-def _sum_slabs(partial_ptr, slabs, rows, ROWS, RANK_PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The sum over slabs, in their order, of some rows of fp32 partials [slabs, ROWS, RANK_PADDED]: [BLOCK, BLOCK_R]."""
-    r = tl.arange(0, BLOCK_R)
-    partial_ptrs = partial_ptr + rows[:, None] * RANK_PADDED + r[None, :]
-    total = tl.zeros((BLOCK, BLOCK_R), tl.float32)
-    for _ in range(slabs):
-        total += tl.load(partial_ptrs, mask=(rows[:, None] < ROWS) & (r[None, :] < RANK_PADDED), other=0.0)
-        partial_ptrs += ROWS * RANK_PADDED
-    return total
-
-
-@triton.jit(do_not_specialize=["slabs_t", "slabs_a", "colsum_rows", "blocks_b", "blocks_a"])
-def _svd_linear_backward_finish_kernel(
-    t_ptr,
-    colsum_ptr,
-    partial_a_ptr,
-    e_ptr,
-    mask_ptr,
-    da_ptr,
-    de_ptr,
-    db_ptr,
-    N,
-    K,
-    R,
-    slabs_t,
-    slabs_a,
-    colsum_rows,
-    blocks_b,
-    blocks_a,
-    stride_er,
-    stride_mask,
-    scaling,
-    RANK_PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Add the slabs up: the first ``blocks_b`` programs finish dB, the next ``blocks_a`` dA, the one after them dE."""
-    pid = tl.program_id(0)
-    r = tl.arange(0, BLOCK_R)
-    if pid < blocks_b:
-        if db_ptr is not None:
-            n = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            t = _sum_slabs(t_ptr, slabs_t, n, N, RANK_PADDED, BLOCK, BLOCK_R)
-            db = t * singular_values(e_ptr, mask_ptr, stride_er, stride_mask, scaling, r, R)[None, :]
-            db_ptrs = db_ptr + n[:, None] * R + r[None, :]
-            tl.store(db_ptrs, db.to(db_ptr.dtype.element_ty), mask=(n[:, None] < N) & (r[None, :] < R))
-    elif pid < blocks_b + blocks_a:
-        if da_ptr is not None:
-            k = (pid - blocks_b).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            da = _sum_slabs(partial_a_ptr, slabs_a, k, K, RANK_PADDED, BLOCK, BLOCK_R)
-            da_ptrs = da_ptr + r.to(tl.int64)[None, :] * K + k[:, None]
-            tl.store(da_ptrs, da.to(da_ptr.dtype.element_ty), mask=(k[:, None] < K) & (r[None, :] < R))
-    else:
-        if de_ptr is not None:
-            rows = tl.arange(0, BLOCK)
-            total = tl.zeros((BLOCK, BLOCK_R), tl.float32)
-            for start in range(0, colsum_rows, BLOCK):
-                offsets = (start + rows)[:, None] * RANK_PADDED + r[None, :]
-                inside = (start + rows < colsum_rows)[:, None] & (r[None, :] < RANK_PADDED)
-                total += tl.load(colsum_ptr + offsets, mask=inside, other=0.0)
-            de = tl.sum(total, axis=0) * scaling
-            if mask_ptr is not None:
-                de *= tl.load(mask_ptr + r * stride_mask, mask=r < R, other=0).to(tl.float32)
-            tl.store(de_ptr + r, de.to(de_ptr.dtype.element_ty), mask=r < R)
 
 
 def svd_linear_backward(
@@ -384,7 +322,7 @@ def svd_linear_backward(
             tile = tiles.FINISH_TILE
             blocks_b = triton.cdiv(N, tile.block_m) if need_B else 0
             blocks_a = triton.cdiv(K, tile.block_m) if need_A else 0
-            _svd_linear_backward_finish_kernel[(blocks_b + blocks_a + need_E,)](
+            svd_linear_backward_finish_kernel[(blocks_b + blocks_a + need_E,)](
                 t,
                 colsum,
                 partial_a,

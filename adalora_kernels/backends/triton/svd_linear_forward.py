@@ -1,11 +1,13 @@
 """y = x Wᵀ + b + (u ⊙ λ) Bᵀ with u = drop(x) Aᵀ and λ = c · E ⊙ mask, in one pass over x (plan ``one_pass``).
 
-Every N-tile of a row block computes u anew with a second, narrow product in the loop over K that it runs anyway, and adds the
-low-rank term to its accumulator before the store. Beyond the frozen product that costs Rpad/BLOCK_N + Rpad/K of its
-FLOPs, and of memory traffic only A and B (R (K + N) elements) and the store of u (M Rpad), which the first N-tile does.
-Where the base is not a plain weight, its output takes the place of x Wᵀ: read once, written once, in place.
+Every N-tile of a row block computes u anew with a second, narrow product in the loop over K that it runs anyway, and
+adds the low-rank term to its accumulator before the store. Beyond the frozen product that costs Rpad/BLOCK_N + Rpad/K
+of its FLOPs, and of memory traffic only A and B (R (K + N) elements) and the store of u (M Rpad elements), which the
+first N-tile does. Where the base is not a plain weight, its output takes the place of x Wᵀ: read and written once, in
+place.
 """
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from adalora_kernels.backends.triton import tiles
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
-from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, singular_values, strides
+from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
 
 
 @triton.jit(do_not_specialize=["M", "last_dropped"])
@@ -80,16 +82,17 @@ def _svd_linear_forward_kernel(
 
     for start in range(0, K, BLOCK_K):
         left = K - start
-        x_tile = tl.load(x_ptrs, mask=(m[:, None] < M) & (k[None, :] < left), other=0.0).to(COMPUTE)  # [BLOCK_M, BLOCK_K]
+        x_tile = tl.load(x_ptrs, mask=(m[:, None] < M) & (k[None, :] < left), other=0.0)  # [BLOCK_M, BLOCK_K]
+        x_tile = rounded(x_tile, COMPUTE)
         if w_ptr is not None:
             w_tile = tl.load(w_ptrs, mask=(k[:, None] < left) & (n[None, :] < N), other=0.0)  # [BLOCK_K, BLOCK_N]
-            acc = product(x_tile, w_tile.to(COMPUTE), acc)
+            acc = product(x_tile, rounded(w_tile, COMPUTE), acc)
             w_ptrs += BLOCK_K * stride_wk
         if RANK_PADDED > 0:
             a_tile = tl.load(a_ptrs, mask=(k[:, None] < left) & (r[None, :] < R), other=0.0)  # [BLOCK_K, BLOCK_R]
             if seed_ptr is not None:
                 x_tile = drop(x_tile, keep_mask(m, start + k, K, seed, last_dropped), keep_scale)
-            u = product(x_tile, a_tile.to(COMPUTE), u)
+            u = product(x_tile, rounded(a_tile, COMPUTE), u)
             a_ptrs += BLOCK_K * stride_ak
         x_ptrs += BLOCK_K * stride_xk
 
@@ -100,14 +103,14 @@ def _svd_linear_forward_kernel(
     if RANK_PADDED > 0:
         if pid_n == 0:
             u_ptrs = u_ptr + m[:, None] * RANK_PADDED + r[None, :]
-            tl.store(u_ptrs, u.to(COMPUTE), mask=(m[:, None] < M) & (r[None, :] < RANK_PADDED))
+            tl.store(u_ptrs, rounded(u, COMPUTE), mask=(m[:, None] < M) & (r[None, :] < RANK_PADDED))
         scale = singular_values(e_ptr, mask_ptr, stride_er, stride_mask, scaling, r, R)
         b_ptrs = b_ptr + r.to(tl.int64)[:, None] * stride_br + n[None, :] * stride_bn
         b_tile = tl.load(b_ptrs, mask=(r[:, None] < R) & (n[None, :] < N), other=0.0)  # [BLOCK_R, BLOCK_N]
-        acc = product((u * scale[None, :]).to(COMPUTE), b_tile.to(COMPUTE), acc)
+        acc = product(rounded(u * scale[None, :], COMPUTE), rounded(b_tile, COMPUTE), acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n * stride_bias, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptrs, rounded(acc, y_ptr.dtype.element_ty), mask=inside)
 
 
 def svd_linear_forward(

@@ -1,7 +1,7 @@
-"""Which tile each kernel runs with: a static table, keyed by device family, operand width and rank; no tuning at run time.
+"""Which tile each kernel runs with: a static table by device family, operand width and rank; no tuning at run time.
 
-Every entry compiles without spills, within its family's shared memory and, for 16-bit products, to that family's own matrix
-instructions at every rank up to its limit, with fp32 adapters, mask and dropout; a test holds them to that without a GPU.
+Every entry compiles without spills, within its family's shared memory and, for 16-bit products, to that family's own
+matrix instructions at its largest rank, with fp32 adapters, mask and dropout; a test holds it to that without a GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ GROUP_M = 8  # row blocks that are in flight together
 
 
 class Family(Enum):
-    """Devices that share a table. Whatever has no table of its own takes Ampere's, which fits 99 KiB of shared memory."""
+    """Devices that share a table. Any without a table of its own takes Ampere's, which fits 99 KiB of shared memory."""
 
     AMPERE = "ampere"
     HOPPER = "hopper"
@@ -36,7 +36,7 @@ class Width(Enum):
 
 @dataclass(frozen=True)
 class Tile:
-    """One way to launch a kernel: its block of tokens, of out-features or in-features or both, warps and pipeline depth."""
+    """One way to launch a kernel: its blocks of tokens, out-features and in-features, its warps and pipeline depth."""
 
     block_m: int
     block_n: int
@@ -62,7 +62,7 @@ _Table = dict[tuple[str, Width], dict[int, Tile]]
 _SINGLE: _Table = {
     # Products of fp32 run on the FMA units, whose operands lie in registers: the higher the rank, the smaller the tile.
     ("forward", Width.SINGLE): {32: Tile(64, 64, 32, 8, 3), 64: Tile(64, 64, 32, 16, 3), 128: Tile(32, 64, 32, 16, 2)},
-    ("into", Width.SINGLE): {128: Tile(32, 64, 32, 16, 2)},
+    ("into", Width.SINGLE): {128: Tile(16, 64, 32, 8, 2)},
     ("v", Width.SINGLE): {128: Tile(32, 64, 0, 8, 2)},
     ("t", Width.SINGLE): {128: Tile(32, 64, 0, 8, 2)},
     ("x", Width.SINGLE): {128: Tile(32, 0, 64, 8, 2)},
@@ -138,7 +138,7 @@ def operand_width(compute_dtype: torch.dtype, *operands: Tensor | None) -> Width
     return Width.MIXED if any(t is not None and t.itemsize > 2 for t in operands) else Width.HALF
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_family(device: torch.device) -> Family:
     """The family of a CUDA device; Ampere's where kernels are interpreted, on the CPU."""
     if device.type != "cuda":
@@ -146,13 +146,13 @@ def device_family(device: torch.device) -> Family:
     return {9: Family.HOPPER, 10: Family.BLACKWELL}.get(torch.cuda.get_device_capability(device)[0], Family.AMPERE)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _programs_wanted(device: torch.device) -> int:
     """Programs that fill a device twice over; few where each is interpreted."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tile(kernel: str, family: Family, width: Width, r: int) -> Tile:
     for max_rank, tile in _TABLES[family][kernel, width].items():
         if r <= max_rank:
@@ -184,7 +184,7 @@ def choose(
 
 
 def slabs(tokens: int, block_m: int, column_blocks: int, device: torch.device) -> tuple[int, int]:
-    """Into how many slabs of how many rows a sum over tokens is cut, so that its programs fill the device; at least one."""
+    """Into how many slabs, at least one, of how many rows a sum over tokens is cut, to fill the device."""
     row_blocks = max(1, -(-tokens // block_m))
     wanted = max(1, min(row_blocks, -(-_programs_wanted(device) // column_blocks)))
     rows = -(-row_blocks // wanted) * block_m
