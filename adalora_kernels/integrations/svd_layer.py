@@ -40,21 +40,28 @@ class FusedSVDLinear(SVDLinear):
         Returns:
             [..., N] in the dtype that the base answers in.
         """
-        factors = self.lora_A._parameters
-        active = [name for name in self.active_adapters if name in factors]
-        if self.disable_adapters or self.merged or not active or not self._reads(x, active):
-            return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        result: Tensor | None = None
-        weight = None
-        if not args and not kwargs and base_obstacle(base) is None and _takes(x, base.weight):
-            weight = base.weight.t() if type(base) is Conv1D else base.weight
+        # Straight from the registries: twenty look-ups of module attributes would cost as much as the launch.
+        modules = self._modules
+        lora_A, lora_E, lora_B = (modules[name]._parameters for name in ("lora_A", "lora_E", "lora_B"))
+        dropouts = modules["lora_dropout"]._modules
+        active = [name for name in self.active_adapters if name in lora_A]
+        readable = type(x) in _PLAIN and not x.is_meta
         for name in active:
-            dropout = self.lora_dropout[name]
-            adapter = (factors[name], self.lora_E._parameters[name], self.lora_B._parameters[name])
+            readable = readable and type(lora_A[name]) in _PLAIN and type(dropouts[name]) in _DROPOUTS
+        if not active or not readable or self.disable_adapters or self.merged_adapters:
+            # What our kernels can't read (DTensors, FakeTensors, meta tensors, foreign dropouts) is left to PEFT.
+            return super().forward(x, *args, **kwargs)
+        base = modules["base_layer"]
+        weight = None
+        if not args and not kwargs and base_obstacle(base) is None:
+            weight = _readable_weight(base, x)
+        result: Tensor | None = None
+        for name in active:
+            adapter = (lora_A[name], lora_E[name], lora_B[name])
+            dropout = dropouts[name]
             settings = {
                 "scaling": self.scaling[name] / (self._rank_constant(name) + 1e-5),
-                "dropout_p": getattr(dropout, "p", 0.0),  # an Identity has none
+                "dropout_p": dropout.p if type(dropout) is nn.Dropout else 0.0,
                 "training": dropout.training,
                 "backend": self.fused_backend,
             }
@@ -71,18 +78,9 @@ class FusedSVDLinear(SVDLinear):
         super().update_layer(adapter_name, *args, **kwargs)
         self.ranknum[adapter_name].requires_grad_(False)
 
-    def _reads(self, x: Tensor, adapters: list[str]) -> bool:
-        """Whether our kernels can read it all: DTensors, FakeTensors, meta tensors, foreign dropouts are PEFT's."""
-        if type(x) not in _PLAIN or x.is_meta:
-            return False
-        return all(
-            type(self.lora_A._parameters[name]) in _PLAIN and type(self.lora_dropout[name]) in _DROPOUTS
-            for name in adapters
-        )
-
     def _rank_constant(self, adapter: str) -> float:
         """The initial rank of the layer, read from the device once for each value that ``ranknum`` is given."""
-        ranknum = self.ranknum._parameters[adapter]
+        ranknum = self._modules["ranknum"]._parameters[adapter]
         known = self.__dict__.setdefault("_rank_constants", {})
         entry = known.get(adapter)
         if entry is not None and torch.compiler.is_compiling():
@@ -145,11 +143,15 @@ def _rebind(layer: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> Non
             setattr(layer, attribute, MethodType(new.forward, layer))
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the frozen product accepts x; where it doesn't, the base is called, so that its own error comes."""
-    if x.dtype == weight.dtype:
-        return True
-    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+def _readable_weight(base: nn.Module, x: Tensor) -> Tensor | None:
+    """W [N, K]; None where the frozen product doesn't take x: then the base is called, so that its own error comes."""
+    weight = base._parameters["weight"]
+    assert weight is not None
+    if x.dtype != weight.dtype:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if not autocast or torch.float64 in (x.dtype, weight.dtype):
+            return None
+    return weight.t() if type(base) is Conv1D else weight
 
 
 __all__ = ["FusedSVDLinear", "base_obstacle", "fuse_layer", "restore_layer"]
