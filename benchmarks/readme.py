@@ -1,5 +1,4 @@
-"""``python -m benchmarks.readme``: write the README table from the committed records; ``--check`` only compares."""
-compares."""
+"""``python -m benchmarks.readme``: write the README table from the records; ``--check`` only compares."""
 
 from __future__ import annotations
 

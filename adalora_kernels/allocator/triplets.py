@@ -47,7 +47,8 @@ def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]
             none does.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = []
+    found: list[Triplet] = []
+    seen: set[int] = set()
     for name, lora_A in parameters.items():
         parts = name.split(".")
         if "lora_A" not in parts:
@@ -56,12 +57,12 @@ def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]
         suffix = parts[at + 1 :]
         if adapter is not None and suffix and suffix != adapter.split("."):
             continue
-        names = tuple(".".join([*parts[:at], kind, *suffix]) for kind in ("lora_A", "lora_E", "lora_B"))
-        if names[1] not in parameters or names[2] not in parameters:
+        name_E, name_B = (".".join([*parts[:at], kind, *suffix]) for kind in ("lora_E", "lora_B"))
+        lora_E, lora_B = parameters.get(name_E), parameters.get(name_B)
+        if lora_E is None or lora_B is None or id(lora_E) in seen:  # a tied layer counts once
             continue
-        triplet = Triplet(".".join(parts[:at]), names, lora_A, parameters[names[1]], parameters[names[2]])
-        if not any(triplet.lora_E is other.lora_E for other in found):  # a tied layer counts once
-            found.append(triplet)
+        seen.add(id(lora_E))
+        found.append(Triplet(".".join(parts[:at]), (name, name_E, name_B), lora_A, lora_E, lora_B))
     trained = [t for t in found if any(p.requires_grad for p in t.parameters)]
     return trained if adapter is None and trained else found
 

@@ -127,7 +127,7 @@ def choose(
         if problem:
             raise RuntimeError(f"backend {requested.value!r} can't run {op} on {device_type}: {problem}")
         return selection(requested, "asked for by name")
-    passed_over = []
+    passed_over: list[str] = []
     for backend in _PREFERENCE.get(device_type, ()):
         problem = obstacle(backend)
         if problem is None:

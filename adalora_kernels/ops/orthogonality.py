@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,9 +58,9 @@ class _Orthogonality(torch.autograd.Function):
     def forward(
         ctx: Any, weight: float, squared: bool, backend: str | Backend | None, n_A: int, *matrices: Tensor
     ) -> Tensor:
-        ctx.arguments = weight, squared, backend, n_A
+        ctx.launch = partial(_launch, weight=weight, squared=squared, backend=backend, n_A=n_A)
         ctx.save_for_backward(*matrices)
-        value, ctx.grads = _launch(matrices, *ctx.arguments, any(ctx.needs_input_grad))
+        value, ctx.grads = ctx.launch(matrices, need_grad=any(ctx.needs_input_grad))
         return value
 
     @staticmethod
@@ -69,7 +70,7 @@ class _Orthogonality(torch.autograd.Function):
         # that is kept for a second backward computes them anew.
         grads, ctx.grads = ctx.grads, None
         if grads is None:
-            _, grads = _launch(ctx.saved_tensors, *ctx.arguments, True)
+            _, grads = ctx.launch(ctx.saved_tensors, need_grad=True)
         if grad_value.device.type != "cpu" or grad_value.item() != 1.0:
             grads = torch._foreach_mul(grads, grad_value)
         needs = ctx.needs_input_grad[4:]
@@ -77,7 +78,7 @@ class _Orthogonality(torch.autograd.Function):
 
 
 def _launch(
-    matrices: Sequence[Tensor], weight: float, squared: bool, backend: Any, n_A: int, need_grad: bool
+    matrices: Sequence[Tensor], *, weight: float, squared: bool, backend: Any, n_A: int, need_grad: bool
 ) -> tuple[Tensor, list[Tensor]]:
     dtype = floating_state_dtype(matrices)
     chosen = select("orthogonality", matrices[0].device.type, dtype, 0, backend).backend

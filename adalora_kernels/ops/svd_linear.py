@@ -9,6 +9,7 @@ calls the launcher directly (8 µs of host time; through the dispatcher it would
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -304,7 +305,10 @@ def _forward_op(x: Tensor, weight: Any, bias: Any, base: Tensor | None, lora_A: 
     *arguments, compute_dtype, backend = rest
     base = None if base is None else base.clone(memory_format=torch.contiguous_format)
     chosen = _resolve(x, lora_A, compute_dtype, backend)
-    return _forward(x, weight, bias, base, lora_A, *arguments, compute_dtype, chosen)
+    lora_E, lora_B, mask, seed, scaling, dropout_p = arguments
+    return _forward(
+        x, weight, bias, base, lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, compute_dtype, chosen
+    )
 
 
 def _forward_fake(x: Tensor, weight: Any, bias: Any, base: Tensor | None, lora_A: Tensor, *rest: Any) -> Any:
@@ -318,7 +322,8 @@ def _backward_op(*args: Any) -> tuple[Tensor, ...]:
     """A schema can't return an optional tensor: what was not asked for is an empty one."""
     *arguments, compute_dtype, needs, backend = args
     chosen = _resolve(args[1], args[5], compute_dtype, backend)
-    grads = _backward(*arguments, compute_dtype, needs, chosen)
+    run: Callable[..., tuple[Tensor | None, ...]] = _backward
+    grads = run(*arguments, compute_dtype, needs, chosen)
     return tuple(args[0].new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 

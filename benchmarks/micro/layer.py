@@ -28,7 +28,7 @@ class _AddmmByHand(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Any:
         x, u, w, a, e, b = ctx.saved_tensors
         lam = ctx.c * e.view(-1)
         v = (g @ b) * lam
@@ -37,7 +37,7 @@ class _AddmmByHand(torch.autograd.Function):
         return dx, None, None, v.t() @ x, ctx.c * (b * t).sum(0).view_as(e), t * lam, None
 
 
-def peft_layer(k: int, n: int, r: int) -> nn.Module:
+def peft_layer(k: int, n: int, r: int) -> Any:
     """PEFT's SVDLinear over a fresh nn.Linear, with Λ away from zero."""
     from peft import AdaLoraConfig
     from peft.tuners.adalora.layer import SVDLinear
