@@ -25,7 +25,8 @@ from torch.utils.cpp_extension import include_paths, library_paths
 LIMITED_API = "0x030A0000"
 TORCH_TARGET = "0x020A000000000000"
 COMMON = ["-O3", "-std=c++20", "-DNDEBUG", f"-DPy_LIMITED_API={LIMITED_API}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-# No contraction: the averages must not depend on which loop body, vector or scalar, an element falls into.
+# No contraction (here, and -fmad=false with nvcc): the averages must not depend on which loop body, vector or scalar,
+# CPU or GPU, an element falls into.
 CPU_FLAGS = [*COMMON, "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra"]
 INSTRUCTION_SETS = {
     "baseline": [],
@@ -68,7 +69,7 @@ class BuildExtension(build_ext):
         commands, outputs = [], []
         for source in ext.sources:
             for label, command in self.compilers(ext, source):
-                output = objects / label / Path(source).with_suffix(".o")
+                output = objects / label / f"{source}.o"
                 output.parent.mkdir(parents=True, exist_ok=True)
                 commands.append([*command, *includes, "-c", source, "-o", str(output)])
                 outputs.append(str(output))
@@ -81,9 +82,10 @@ class BuildExtension(build_ext):
     def compilers(self, ext: Extension, source: str) -> list[tuple[str, list[str]]]:
         """Labels and commands that compile ``source``, one or several."""
         if ext.name.endswith("_cuda"):
-            host = ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
-            gencode = [flag for arch in GENCODE for flag in ("-gencode", arch)] if source.endswith(".cu") else []
-            return [("cuda", [find_nvcc() or "nvcc", *COMMON, "-DUSE_CUDA", *host, *gencode])]
+            command = [find_nvcc() or "nvcc", *COMMON, "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+            if source.endswith(".cu"):
+                command += ["-fmad=false", *(flag for arch in GENCODE for flag in ("-gencode", arch))]
+            return [("cuda", command)]
         command = [*self.cxx(), *CPU_FLAGS]
         if Path(source).parent.name != "simd":
             return [("cpu", command)]

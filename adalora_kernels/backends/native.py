@@ -1,4 +1,6 @@
-"""Typed launchers over the compiled extension: C++ on the CPU, CUDA C++ on a GPU.
+"""Typed launchers over the compiled extension: C++ on the CPU, and ``importance_update`` in CUDA C++ too.
+
+The CUDA code compiles without spills for sm_80, sm_90a and sm_100a, but has not run on a GPU yet.
 
 Tensors reach the extension through tables of addresses rather than one by one: handing the 216 parameters of
 DeBERTa-v3-base through the dispatcher would cost more than the work on them. Importing this module never fails;

@@ -36,7 +36,7 @@ def assert_matches(lora_A: list[Tensor], lora_B: list[Tensor], squared: bool) ->
     same, same_grads = orthogonality(lora_A, lora_B, 0.1, squared, True)
     exact, exact_grads = orthogonality([m.double() for m in lora_A], [m.double() for m in lora_B], 0.1, squared, True)
     assert value.dtype == same.dtype and value.shape == ()
-    # The same-dtype error of a single number may be nothing by luck, so it says nothing about ours: 16 roundings instead.
+    # The same-dtype error of a single number may be nothing by luck, so it is no measure of ours: 16 roundings are.
     torch.testing.assert_close(
         value.double(), exact, rtol=1e-12 if value.dtype == torch.float64 else 16 * 2**-24, atol=0
     )

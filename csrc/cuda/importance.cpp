@@ -1,0 +1,94 @@
+// Host side of the importance sweep: checks, and the launches' arguments from the launcher's tables (csrc/cpu/importance.cpp
+// names their rows).
+#include "cuda/importance.h"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <limits>
+
+#include "cuda/ops.h"
+
+namespace adalora::cuda {
+
+namespace {
+
+// The launches of a model; their block and sum offsets count up through all of them.
+struct Plan {
+  std::vector<Layers> launches{Layers{}};
+  int64_t elements = 0, rank = 0, blocks = 0, sums = 0;
+};
+
+Plan plan_of(const int64_t* sizes, const int64_t* tensors, int64_t layers) {
+  constexpr int64_t limit = std::numeric_limits<int32_t>::max();
+  Plan plan;
+  for (int64_t i = 0; i < layers; ++i) {
+    const int64_t r = sizes[i], k = sizes[layers + i], n = sizes[2 * layers + i];
+    STD_TORCH_CHECK(r < limit / 8 && k < limit / 2 && n < limit / 2, "shapes: layer ", i, " is too large");
+    if (r == 0) continue;
+    if (plan.launches.back().count == kLayersPerLaunch) plan.launches.emplace_back();
+    Layers& launch = plan.launches.back();
+    Layer& layer = launch.layer[launch.count++];
+    for (int64_t part = 0; part < 3; ++part) {
+      const int64_t *column = tensors + 3 * i + part, rows = 3 * layers;
+      layer.param[part] = reinterpret_cast<const void*>(column[0]);
+      layer.param_dtype[part] = static_cast<uint8_t>(column[rows]);
+      layer.grad[part] = reinterpret_cast<const void*>(column[2 * rows]);
+      layer.grad_dtype[part] = static_cast<uint8_t>(column[3 * rows]);
+    }
+    layer.offset = plan.elements;
+    layer.r = static_cast<int32_t>(r);
+    layer.k = static_cast<int32_t>(k);
+    layer.n = static_cast<int32_t>(n);
+    layer.rank_offset = static_cast<int32_t>(plan.rank);
+    layer.sums = static_cast<int32_t>(plan.sums);
+    layer.block = launch.blocks;
+    launch.blocks += blocks_of(layer);
+    plan.blocks += blocks_of(layer);
+    plan.sums += sums_of(layer);
+    plan.elements += r * (k + 1 + n);
+    plan.rank += r;
+    STD_TORCH_CHECK(plan.sums < limit && plan.blocks < limit, "shapes: the model is too large");
+  }
+  return plan;
+}
+
+}  // namespace
+
+Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& tensors, double beta1,
+                         double beta2) {
+  const ScalarType dtype = state.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "state: expected float32 or float64");
+  const int32_t device = state.get_device_index();
+  STD_TORCH_CHECK(state.is_cuda() && half.is_cuda() && scores.is_cuda() && half.get_device_index() == device &&
+                      scores.get_device_index() == device,
+                  "state, half, scores: expected one CUDA device");
+  const int64_t layers = check_table(shapes, 3, "shapes");
+  STD_TORCH_CHECK(check_table(tensors, 4, "tensors") == 3 * layers, "tensors: expected ", 3 * layers, " columns");
+  const Plan plan = plan_of(static_cast<const int64_t*>(shapes.const_data_ptr()),
+                            static_cast<const int64_t*>(tensors.const_data_ptr()), layers);
+  check_contiguous(state, dtype, 4 * plan.elements, "state");
+  check_contiguous(scores, dtype, plan.rank, "scores");
+  check_contiguous(half, ScalarType::Int, 1, "half");
+
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  Tensor sums = torch::stable::new_empty(state, {plan.sums});
+  Tensor finite = torch::stable::new_empty(state, {plan.blocks}, ScalarType::Byte);
+  Tensor taken = torch::stable::new_empty(state, {1}, ScalarType::Bool);
+  const auto run = [&]<typename T>(T*) {
+    const auto data = [](const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); };
+    return importance_update<T>(plan.launches,
+                                {data(state), static_cast<int32_t*>(half.mutable_data_ptr()), data(scores), plan.elements,
+                                 data(sums), static_cast<uint8_t*>(finite.mutable_data_ptr()),
+                                 static_cast<int32_t>(plan.blocks), static_cast<bool*>(taken.mutable_data_ptr()),
+                                 {beta1, beta2}},
+                                static_cast<cudaStream_t>(stream));
+  };
+  const cudaError_t error = dtype == ScalarType::Double ? run(static_cast<double*>(nullptr)) : run(static_cast<float*>(nullptr));
+  STD_TORCH_CHECK(error == cudaSuccess, "importance_update: ", cudaGetErrorString(error));
+  return taken;
+}
+
+}  // namespace adalora::cuda

@@ -1,0 +1,183 @@
+// One step of the averages of all layers, and the score of every triplet (csrc/common/importance.h):
+//     S_i = s(E_i) + mean_k s(A_ik) + mean_j s(B_ji)
+// One launch reads θ, g, Ī, Ū of the whole model and writes the other half of Ī, Ū: 24 bytes an element in fp32. Its
+// addresses are kernel arguments, since gradients move from step to step. A second, small launch adds up the partial sums
+// and, if every gradient was finite, commits the scores and flips the half on the device.
+// Sums have a fixed order and there are no atomics: bitwise repeatable. No host sync.
+// This has been compiled, but has not run on a GPU yet.
+#include "common/half.h"
+#include "cuda/importance.h"
+
+namespace adalora::cuda {
+
+namespace {
+
+template <typename T>
+__device__ __forceinline__ T read(const void* data, uint8_t dtype, int64_t i) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kFloat32: return static_cast<T>(static_cast<const float*>(data)[i]);
+    case DType::kFloat64: return static_cast<T>(static_cast<const double*>(data)[i]);
+    case DType::kBFloat16: return from_bfloat16(static_cast<const uint16_t*>(data)[i]);
+    default: return from_float16(static_cast<const uint16_t*>(data)[i]);
+  }
+}
+
+// One of the three parameters of a layer, and the averages that go with it.
+template <typename T>
+struct Part {
+  const void *param, *grad;
+  uint8_t param_dtype, grad_dtype;
+  const T *average, *uncertainty;
+  T *new_average, *new_uncertainty;
+
+  __device__ Part(const Layer& layer, int part, const Update<T>& update)
+      : param(layer.param[part]), grad(layer.grad[part]), param_dtype(layer.param_dtype[part]), grad_dtype(layer.grad_dtype[part]) {
+    const int64_t a = static_cast<int64_t>(layer.r) * layer.k;
+    const int64_t offset = layer.offset + (part == 0 ? 0 : part == 1 ? a : a + layer.r);
+    const int64_t current = *update.half;
+    T *old = update.state + current * 2 * update.elements + offset;
+    T *fresh = update.state + (1 - current) * 2 * update.elements + offset;
+    average = old;
+    uncertainty = old + update.elements;
+    new_average = fresh;
+    new_uncertainty = fresh + update.elements;
+  }
+
+  // Updates one element and returns its s; clears `finite` where its gradient isn't.
+  __device__ __forceinline__ T step(int64_t i, const Smoothing<T>& smoothing, bool& finite) const {
+    T a = average[i], u = uncertainty[i], s = a * u;
+    if (grad != nullptr) {
+      const T g = read<T>(grad, grad_dtype, i);
+      finite &= isfinite(g);
+      s = update_element(read<T>(param, param_dtype, i), g, a, u, smoothing);
+    }
+    new_average[i] = a;
+    new_uncertainty[i] = u;
+    return s;
+  }
+};
+
+// A warp takes a piece of a row of A.
+template <typename T>
+__device__ bool sweep_rows(const Layer& layer, int32_t item, const Update<T>& update) {
+  const int32_t unit = item * kUnits + threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int32_t count = pieces(layer);
+  bool finite = true;
+  if (unit >= layer.r * count) return finite;
+  const Part<T> part(layer, 0, update);
+  const int64_t row = static_cast<int64_t>(unit / count) * layer.k;
+  const int32_t begin = unit % count * kPieceElements;
+  const int32_t end = min(layer.k, begin + kPieceElements);
+  T sum = 0;
+#pragma unroll 4
+  for (int32_t i = begin + lane; i < end; i += 32) sum += part.step(row + i, update.smoothing, finite);
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffff, sum, offset);
+  if (lane == 0) update.sums[layer.sums + unit] = sum;
+  return finite;
+}
+
+// A block takes a slab of rows of B. Each thread keeps to one column, as neighbours do to neighbouring ones.
+template <typename T>
+__device__ bool sweep_slab(const Layer& layer, int32_t item, const Update<T>& update) {
+  __shared__ T column[kThreads];
+  const Part<T> part(layer, 2, update);
+  const int32_t begin = item * slab_rows(layer), end = min(layer.n, begin + slab_rows(layer));
+  T* sums = update.sums + layer.sums + layer.r * (pieces(layer) + 1) + static_cast<int64_t>(item) * layer.r;
+  bool finite = true;
+  for (int32_t first = 0; first < layer.r; first += kThreads) {
+    const int32_t width = min(kThreads, layer.r - first), groups = kThreads / width;
+    const int32_t group = threadIdx.x / width, j = threadIdx.x % width;
+    T sum = 0;
+    if (group < groups) {
+#pragma unroll 4
+      for (int32_t row = begin + group; row < end; row += groups)
+        sum += part.step(static_cast<int64_t>(row) * layer.r + first + j, update.smoothing, finite);
+    }
+    column[threadIdx.x] = sum;
+    __syncthreads();
+    if (group == 0) {
+      for (int32_t g = 1; g < groups; ++g) sum += column[g * width + j];
+      sums[first + j] = sum;
+    }
+    __syncthreads();
+  }
+  return finite;
+}
+
+template <typename T>
+__device__ bool sweep_values(const Layer& layer, const Update<T>& update) {
+  const Part<T> part(layer, 1, update);
+  bool finite = true;
+  for (int32_t i = threadIdx.x; i < layer.r; i += kThreads)
+    update.sums[layer.sums + layer.r * pieces(layer) + i] = part.step(i, update.smoothing, finite);
+  return finite;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    importance_sweep(const __grid_constant__ Layers layers, const __grid_constant__ Update<T> update, int32_t first_block) {
+  const int32_t block = blockIdx.x;
+  int32_t low = 0, high = layers.count - 1;
+  while (low < high) {
+    const int32_t middle = (low + high + 1) / 2;
+    if (layers.layer[middle].block <= block) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  const Layer& layer = layers.layer[low];
+  const int32_t item = block - layer.block, rows = row_blocks(layer);
+  const bool finite = item < rows    ? sweep_rows(layer, item, update)
+                      : item == rows ? sweep_values(layer, update)
+                                     : sweep_slab(layer, item - rows - 1, update);
+  const bool all = __syncthreads_and(finite);
+  if (threadIdx.x == 0) update.finite[first_block + block] = all;
+}
+
+// A block takes a layer; each looks at the flags of all blocks of the sweep by itself.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    importance_commit(const __grid_constant__ Layers layers, const __grid_constant__ Update<T> update, bool last) {
+  bool finite = true;
+  for (int32_t i = threadIdx.x; i < update.blocks; i += kThreads) finite &= update.finite[i] != 0;
+  finite = __syncthreads_and(finite);
+  if (finite && static_cast<int32_t>(blockIdx.x) < layers.count) {
+    const Layer& layer = layers.layer[blockIdx.x];
+    const int32_t count = pieces(layer), parts = slabs(layer);
+    const T *a = update.sums + layer.sums, *e = a + layer.r * count, *b = e + layer.r;
+    for (int32_t i = threadIdx.x; i < layer.r; i += kThreads) {
+      double rows = 0, columns = 0;
+      for (int32_t p = 0; p < count; ++p) rows += a[i * count + p];
+      for (int32_t p = 0; p < parts; ++p) columns += b[static_cast<int64_t>(p) * layer.r + i];
+      update.scores[layer.rank_offset + i] = static_cast<T>(e[i] + (rows / layer.k + columns / layer.n));
+    }
+  }
+  if (last && blockIdx.x == 0 && threadIdx.x == 0) {
+    *update.taken = finite;
+    if (finite) *update.half = 1 - *update.half;
+  }
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t importance_update(const std::vector<Layers>& launches, const Update<T>& update, cudaStream_t stream) {
+  int32_t first = 0;
+  for (const Layers& layers : launches) {
+    if (layers.blocks > 0) importance_sweep<T><<<layers.blocks, kThreads, 0, stream>>>(layers, update, first);
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    first += layers.blocks;
+  }
+  for (const Layers& layers : launches) {
+    const int32_t blocks = layers.count > 0 ? layers.count : 1;
+    importance_commit<T><<<blocks, kThreads, 0, stream>>>(layers, update, &layers == &launches.back());
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template cudaError_t importance_update<float>(const std::vector<Layers>&, const Update<float>&, cudaStream_t);
+template cudaError_t importance_update<double>(const std::vector<Layers>&, const Update<double>&, cudaStream_t);
+
+}  // namespace adalora::cuda
