@@ -9,13 +9,14 @@ from __future__ import annotations
 import warnings
 from copy import copy
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
 from peft.tuners.adalora.config import AdaLoraConfig
 from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adalora_kernels.allocator import RankAllocator, find_triplets
@@ -41,8 +42,8 @@ class FusedState:
         backend: as given to ``patch_model``.
         hook: adds the orthogonality term where PEFT's forward is bypassed.
         layers: the AdaLoRA layers by path; None where they must be looked up.
+        registries: the parameter registries of these layers' A, E and B, in the order of ``layers``.
         allocator: None before the first step.
-        bound: whether the allocator holds the parameters that the layers have now.
         kept: for each adapter and layer that was loaded without its dead rows, which rows were loaded.
         term_due: whether an optimizer step has ended since the term was last added.
         term_used: whether the term was ever asked for.
@@ -52,8 +53,8 @@ class FusedState:
     backend: str | Backend | None = None
     hook: RemovableHandle | None = None
     layers: dict[str, AdaLoraLayer] | None = None
+    registries: list[tuple[dict[str, Any], ...]] = field(default_factory=list)
     allocator: RankAllocator | None = None
-    bound: bool = False
     kept: dict[str, Pattern] = field(default_factory=dict)
     term_due: bool = True
     term_used: bool = False
@@ -92,17 +93,17 @@ class FusedAdaLoraModel(AdaLoraModel):
         state.term_used = True
         trained = self.trained_adapter()
         name, weight = ("", 0.0) if trained is None else (trained[0], trained[1].orth_reg_weight)
-        layers = [layer for layer in self.adalora_layers().values() if name in layer.lora_A]
-        if weight == 0 or not layers:
+        factors = self._factors(name)
+        if weight == 0 or not factors:
             return torch.zeros(())
-        by_device: dict[torch.device, list[AdaLoraLayer]] = {}
-        for layer in layers:
-            by_device.setdefault(layer.lora_A[name].device, []).append(layer)
+        by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        for a, _, b in factors:
+            by_device.setdefault(a.device, []).append((a, b))
         backend = self._backend_of("orthogonality")
         total: Tensor | None = None
-        for group in by_device.values():
-            factors = [layer.lora_A[name] for layer in group], [layer.lora_B[name] for layer in group]
-            term = orthogonality_loss(*factors, weight * len(group) / len(layers), backend=backend)
+        for pairs in by_device.values():
+            lora_A, lora_B = zip(*pairs, strict=True)
+            term = orthogonality_loss(lora_A, lora_B, weight * len(pairs) / len(factors), backend=backend)
             total = term if total is None else total + term.to(total.device)
         assert total is not None
         self.last_orthogonality = total.detach()
@@ -134,8 +135,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         """Whether no gradient was accumulated since the last optimizer step, as far as can be seen from here."""
         trained = self.trained_adapter()
         name = "" if trained is None else trained[0]
-        layers = [layer for layer in self.adalora_layers().values() if name in layer.lora_A]
-        return self.fused_state.term_due or all(layer.lora_A[name].grad is None for layer in layers)
+        return self.fused_state.term_due or all(a.grad is None for a, _, _ in self._factors(name))
 
     def update_and_allocate(self, global_step: int) -> None:
         """PEFT's entry point: call it after ``optimizer.step()`` and before ``zero_grad()``.
@@ -161,10 +161,8 @@ class FusedAdaLoraModel(AdaLoraModel):
         self.fused_state.term_due = True
         if threshold is not None:
             kept = self.fused_state.kept.get(name, {})
-            live = {
-                triplet.name: allocator.get_rank_pattern()[triplet.parameter_names[1]] for triplet in allocator.triplets
-            }
-            config.rank_pattern = {path_key(path, name): spread(row, kept.get(path)) for path, row in live.items()}
+            rows = zip(allocator.triplets, allocator.get_rank_pattern().values(), strict=True)
+            config.rank_pattern = {path_key(t.name, name): spread(row, kept.get(t.name)) for t, row in rows}
         state = self.fused_state
         if config.orth_reg_weight > 0 and state.term_missed and not state.term_used:
             state.term_used = True
@@ -188,7 +186,6 @@ class FusedAdaLoraModel(AdaLoraModel):
         allocator = state.allocator
         if allocator is None or allocator.adapter != name or not self._rebind(allocator):
             allocator = state.allocator = self._new_allocator(name, config)
-        state.bound = True
         allocator.total_step, allocator.mask_interval = config.total_step, config.deltaT
         allocator.initial_warmup, allocator.final_warmup = config.tinit, config.tfinal
         allocator.beta1, allocator.beta2 = config.beta1, config.beta2
@@ -197,7 +194,10 @@ class FusedAdaLoraModel(AdaLoraModel):
 
     def _rebind(self, allocator: RankAllocator) -> bool:
         """Let the allocator follow parameters that were replaced or moved; False where it no longer fits them."""
-        if self.fused_state.bound and allocator.importance.live.device == allocator.triplets[0].lora_E.device:
+        held = [p for triplet in allocator.triplets for p in triplet.parameters]
+        now = [p for factors in self._factors(allocator.adapter or "") for p in factors]
+        same = len(held) == len(now) and all(map(is_, held, now))
+        if same and allocator.importance.live.device == held[0].device:
             return True
         shapes = [triplet.shape for triplet in find_triplets(self.model, allocator.adapter)]
         if shapes != list(allocator.importance.layout.shapes):
@@ -254,7 +254,16 @@ class FusedAdaLoraModel(AdaLoraModel):
         state = self.fused_state
         if state.layers is None:
             state.layers = {path: m for path, m in self.model.named_modules() if isinstance(m, AdaLoraLayer)}
+            state.registries = [
+                tuple(factor._parameters for factor in (m.lora_A, m.lora_E, m.lora_B)) for m in state.layers.values()
+            ]
         return state.layers
+
+    def _factors(self, adapter: str) -> list[tuple[nn.Parameter, ...]]:
+        """A, E and B of each layer that has this adapter, as they are now: a parameter may have been replaced."""
+        self.adalora_layers()
+        # Straight from the registries: look-ups of module attributes would cost more than the term itself.
+        return [tuple(r[adapter] for r in each) for each in self.fused_state.registries if adapter in each[0]]
 
     def _backend_of(self, op: str) -> Backend | None:
         """The backend asked for, where it has ``op``; else the automatic choice."""
@@ -263,7 +272,6 @@ class FusedAdaLoraModel(AdaLoraModel):
 
     def _changed(self) -> None:
         self.fused_state.layers = None
-        self.fused_state.bound = False
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; the layers that it adds are fused as well."""

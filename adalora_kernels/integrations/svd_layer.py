@@ -17,7 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from adalora_kernels.backends.select import Backend
-from adalora_kernels.ops.svd_linear import svd_linear, svd_linear_into
+from adalora_kernels.ops.svd_linear import select_layer, svd_linear, svd_linear_into
 
 _READABLE_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _PLAIN = (Tensor, nn.Parameter)
@@ -72,6 +72,22 @@ class FusedSVDLinear(SVDLinear):
                 result = svd_linear_into(output, x, *adapter, **settings)
         assert result is not None
         return result
+
+    def explain_layer(self) -> tuple[str, str, str]:
+        """Backend, plan and reason of a call with an input of the weight's dtype, for ``adalora_kernels.explain``."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if not active or self.disable_adapters or self.merged_adapters:
+            return "torch", "base", "adapters are merged" if self.merged_adapters else "no adapter is active"
+        base, lora_A = self.get_base_layer(), self.lora_A[active[0]]
+        obstacle = base_obstacle(self._modules["base_layer"])
+        selection = select_layer(lora_A if obstacle else base.weight, lora_A, self.fused_backend)
+        if obstacle is None:
+            return selection.backend.value, selection.plan, selection.reason
+        return (
+            selection.backend.value,
+            f"base, then {selection.plan} into its output",
+            f"{obstacle}; {selection.reason}",
+        )
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, with ``ranknum`` frozen: PEFT ≥ 0.21 makes it trainable over a 16-bit base."""
