@@ -22,9 +22,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from torch.utils.cpp_extension import include_paths, library_paths
 
-LIMITED_API = "0x030A0000"
 TORCH_TARGET = "0x020A000000000000"
-COMMON = ["-O3", "-std=c++20", "-DNDEBUG", f"-DPy_LIMITED_API={LIMITED_API}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+COMMON = ["-O3", "-std=c++20", "-DNDEBUG", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 # No contraction (here, and -fmad=false with nvcc): the averages must not depend on which loop body, vector or scalar,
 # CPU or GPU, an element falls into.
 CPU_FLAGS = [*COMMON, "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wextra"]
@@ -65,7 +64,7 @@ class BuildExtension(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         objects = Path(self.build_temp) / ext.name
-        includes = ["-Icsrc", *(f for path in [*include_paths(), *self.include_dirs] for f in ("-isystem", path))]
+        includes = ["-Icsrc", *(flag for path in include_paths() for flag in ("-isystem", path))]
         commands, outputs = [], []
         for source in ext.sources:
             for label, command in self.compilers(ext, source):
@@ -102,7 +101,11 @@ class BuildExtension(build_ext):
     @staticmethod
     def cxx() -> list[str]:
         """The C++ compiler with the user's flags."""
-        return [*shlex.split(os.environ.get("CXX", "c++")), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        found = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+        compiler = os.environ.get("CXX") or found
+        if compiler is None:
+            raise SystemExit("no C++ compiler: neither $CXX is set nor c++, g++ or clang++ on PATH")
+        return [*shlex.split(compiler), *shlex.split(os.environ.get("CXXFLAGS", ""))]
 
     @staticmethod
     def execute_command(command: list[str]) -> None:

@@ -1,7 +1,7 @@
 // Module adalora_kernels._C: schemas of all native ops, and their CPU implementations.
-#include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+#include "common/module.h"
 #include "cpu/ops.h"
 
 STABLE_TORCH_LIBRARY(adalora_native, m) {
@@ -27,6 +27,4 @@ STABLE_TORCH_LIBRARY_IMPL(adalora_native, CPU, m) {
   m.impl("dropout", TORCH_BOX(&adalora::cpu::dropout));
 }
 
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+ADALORA_MODULE(_C)
