@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from adalora_kernels.cli.demo.text import Pair, split_name
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
-_TEMPERATURE = 0.05
+_TEMPERATURE = 0.1
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> Tokenizer:

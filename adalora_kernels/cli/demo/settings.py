@@ -43,12 +43,12 @@ class Settings:
     backend: str | None = None
     device: str = "cpu"
     sources: Path | None = None
-    base_steps: int = 170
+    base_steps: int = 60
     base_batch: int = 32
     base_lr: float = 5e-4
     base_dropout: float = 0.1
-    batch: int = 16
-    lr: float = 2e-3
+    batch: int = 24
+    lr: float = 1e-3
     init_rank: int = 12
     target_rank: int = 4
     alpha: int = 32
