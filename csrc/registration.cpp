@@ -7,8 +7,8 @@
 STABLE_TORCH_LIBRARY(adalora_native, m) {
   m.def("instruction_set() -> str");
   m.def(
-      "importance_update(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor tensors, float beta1, "
-      "float beta2) -> Tensor");
+      "importance_update(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor tensors, "
+      "float beta1, float beta2) -> Tensor");
   m.def("mask_to_budget(Tensor scores, Tensor(a!) live, Tensor enabled, Tensor values, int budget) -> Tensor");
   m.def("zero_pruned(Tensor live, Tensor values) -> ()");
   m.def("orthogonality(Tensor matrices, float factor, bool squared, bool fp64) -> Tensor");

@@ -20,7 +20,8 @@ inline void check_contiguous(const Tensor& tensor, ScalarType dtype, int64_t num
 
 // An int64 table on the CPU of `rows` rows, stored row by row; returns the number of columns.
 inline int64_t check_table(const Tensor& table, int64_t rows, const char* name) {
-  STD_TORCH_CHECK(table.is_cpu() && table.dim() == 2 && table.size(0) == rows, name, ": expected ", rows, " rows on the CPU");
+  const bool fits = table.is_cpu() && table.dim() == 2 && table.size(0) == rows;
+  STD_TORCH_CHECK(fits, name, ": expected ", rows, " rows on the CPU");
   check_contiguous(table, ScalarType::Long, table.numel(), name);
   return table.size(1);
 }

@@ -13,7 +13,10 @@ struct Smoothing {
   T beta1, rest1, beta2, rest2;
 
   Smoothing(double beta1, double beta2)
-      : beta1(static_cast<T>(beta1)), rest1(static_cast<T>(1 - beta1)), beta2(static_cast<T>(beta2)), rest2(static_cast<T>(1 - beta2)) {}
+      : beta1(static_cast<T>(beta1)),
+        rest1(static_cast<T>(1 - beta1)),
+        beta2(static_cast<T>(beta2)),
+        rest2(static_cast<T>(1 - beta2)) {}
 };
 
 ADALORA_INLINE float magnitude(float value) { return fabsf(value); }

@@ -1,7 +1,7 @@
 // Functions that CPU and CUDA sources share, and that several instruction sets compile.
 #pragma once
 
-// static: one inline function compiled for AVX-512 must never stand in for its baseline copy when the linker merges them.
+// static: an inline function compiled for AVX-512 must never stand in for its baseline copy where the linker merges.
 #if defined(__CUDACC__)
 #define ADALORA_INLINE static __host__ __device__ __forceinline__
 #else

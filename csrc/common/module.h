@@ -1,5 +1,5 @@
 // An empty Python module: importing it loads the library, whose static initialisers register the ops. The few names of
-// the limited API that this takes are declared here as PEP 384 fixes them, since a plain python3 comes without Python.h.
+// the limited API that this takes are declared here as PEP 384 fixes them, since a plain python3 has no Python.h.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
-// Dropout with a mask that is a function of seed and element (csrc/common/philox.h): element (m, k) of x [M, K] is dropped
-// iff its word is below round(p 2³²). Reads x and writes the result once; the ten rounds, not memory, set the pace.
+// Dropout with a mask that is a function of seed and element (csrc/common/philox.h): element (m, k) of x [M, K] is
+// dropped iff its word is below round(p 2³²). Reads x and writes the result once; the ten rounds, not memory, set the
+// pace.
 #include <algorithm>
 
 #include "cpu/ops.h"

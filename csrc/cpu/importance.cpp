@@ -86,9 +86,9 @@ struct Sweep {
     const DType gradient_dtype = static_cast<DType>(grad_dtype[item.tensor]);
     const int64_t address = grad[item.tensor], offset = item.offset + begin;
     std::fill(scratch, scratch + item.period, T{});
-    return run({at(param[item.tensor], dtype), address == 0 ? nullptr : at(address, gradient_dtype), dtype, gradient_dtype,
-                average + offset, uncertainty + offset, new_average + offset, new_uncertainty + offset, count, scratch,
-                item.period, scratch + item.period},
+    const void* gradient = address == 0 ? nullptr : at(address, gradient_dtype);
+    return run({at(param[item.tensor], dtype), gradient, dtype, gradient_dtype, average + offset, uncertainty + offset,
+                new_average + offset, new_uncertainty + offset, count, scratch, item.period, scratch + item.period},
                smoothing);
   }
 
@@ -141,7 +141,8 @@ void commit(const std::vector<Item>& items, const int64_t* shapes, int64_t layer
 
 template <typename T>
 bool update(const Tensor& state, int32_t* half, const Tensor& scores, const int64_t* shapes, const int64_t* tensors,
-            int64_t layers, int64_t elements, const Smoothing<T>& smoothing, bool (*run)(const Run<T>&, const Smoothing<T>&)) {
+            int64_t layers, int64_t elements, const Smoothing<T>& smoothing,
+            bool (*run)(const Run<T>&, const Smoothing<T>&)) {
   std::vector<double> sums;
   const std::vector<Item> items = cut(shapes, layers, sums);
   T* data = static_cast<T*>(state.mutable_data_ptr());
@@ -167,8 +168,8 @@ bool update(const Tensor& state, int32_t* half, const Tensor& scores, const int6
 
 }  // namespace
 
-Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& tensors, double beta1,
-                         double beta2) {
+Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& tensors,
+                         double beta1, double beta2) {
   const ScalarType dtype = state.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "state: expected float32 or float64");
   const int64_t layers = check_table(shapes, 3, "shapes");
@@ -186,9 +187,10 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
   STD_TORCH_CHECK(*current == 0 || *current == 1, "half: expected 0 or 1, got ", *current);
   const int64_t* table = static_cast<const int64_t*>(tensors.const_data_ptr());
   const auto& kernels = ADALORA_KERNELS(importance_kernels);
-  const bool taken = dtype == ScalarType::Double
-                         ? update<double>(state, current, scores, sizes, table, layers, elements, {beta1, beta2}, kernels.run_double)
-                         : update<float>(state, current, scores, sizes, table, layers, elements, {beta1, beta2}, kernels.run_float);
+  const bool taken =
+      dtype == ScalarType::Double
+          ? update<double>(state, current, scores, sizes, table, layers, elements, {beta1, beta2}, kernels.run_double)
+          : update<float>(state, current, scores, sizes, table, layers, elements, {beta1, beta2}, kernels.run_float);
   Tensor finite = torch::stable::empty({1}, ScalarType::Bool);
   *static_cast<bool*>(finite.mutable_data_ptr()) = taken;
   return finite;

@@ -1,4 +1,4 @@
-// The CPU ops that registration.cpp registers. Tables are int64 [rows, count] on the CPU; their rows are named with each op.
+// The CPU ops that registration.cpp registers. Tables are int64 [rows, count] on the CPU; the op's file names the rows.
 #pragma once
 
 #include <optional>
@@ -10,8 +10,8 @@ namespace adalora::cpu {
 
 std::string instruction_set();
 
-Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& tensors, double beta1,
-                         double beta2);
+Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& tensors,
+                         double beta1, double beta2);
 Tensor mask_to_budget(const Tensor& scores, Tensor live, const Tensor& enabled, const Tensor& values, int64_t budget);
 void zero_pruned(const Tensor& live, const Tensor& values);
 Tensor orthogonality(const Tensor& matrices, double factor, bool squared, bool fp64);

@@ -102,10 +102,12 @@ Tensor orthogonality(const Tensor& matrices, double factor, bool squared, bool f
   const int64_t* table = static_cast<const int64_t*>(matrices.const_data_ptr());
   std::vector<Matrix> items;
   for (int64_t i = 0; i < count; ++i)
-    items.push_back({reinterpret_cast<const void*>(table[i]), static_cast<DType>(table[count + i]), table[2 * count + i],
-                     table[3 * count + i], reinterpret_cast<void*>(table[4 * count + i]), 2 * i >= count});
+    items.push_back({reinterpret_cast<const void*>(table[i]), static_cast<DType>(table[count + i]),
+                     table[2 * count + i], table[3 * count + i], reinterpret_cast<void*>(table[4 * count + i]),
+                     2 * i >= count});
   const auto& kernels = ADALORA_KERNELS(orthogonality_kernels);
-  const double total = fp64 ? total_of(items, kernels.f64, factor, squared) : total_of(items, kernels.f32, factor, squared);
+  const double total =
+      fp64 ? total_of(items, kernels.f64, factor, squared) : total_of(items, kernels.f32, factor, squared);
   Tensor value = torch::stable::empty({}, fp64 ? ScalarType::Double : ScalarType::Float);
   if (fp64) {
     *static_cast<double*>(value.mutable_data_ptr()) = total;

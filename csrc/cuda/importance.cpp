@@ -1,5 +1,5 @@
-// Host side of the importance sweep: checks, and the launches' arguments from the launcher's tables (csrc/cpu/importance.cpp
-// names their rows).
+// Host side of the importance sweep: checks, and the launches' arguments from the launcher's tables
+// (csrc/cpu/importance.cpp names their rows).
 #include "cuda/importance.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -55,8 +55,8 @@ Plan plan_of(const int64_t* sizes, const int64_t* tensors, int64_t layers) {
 
 }  // namespace
 
-Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& tensors, double beta1,
-                         double beta2) {
+Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& tensors,
+                         double beta1, double beta2) {
   const ScalarType dtype = state.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "state: expected float32 or float64");
   const int32_t device = state.get_device_index();
@@ -79,14 +79,19 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
   Tensor taken = torch::stable::new_empty(state, {1}, ScalarType::Bool);
   const auto run = [&]<typename T>(T*) {
     const auto data = [](const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); };
-    return importance_update<T>(plan.launches,
-                                {data(state), static_cast<int32_t*>(half.mutable_data_ptr()), data(scores), plan.elements,
-                                 data(sums), static_cast<uint8_t*>(finite.mutable_data_ptr()),
-                                 static_cast<int32_t>(plan.blocks), static_cast<bool*>(taken.mutable_data_ptr()),
-                                 {beta1, beta2}},
-                                static_cast<cudaStream_t>(stream));
+    const Update<T> update{data(state),
+                           static_cast<int32_t*>(half.mutable_data_ptr()),
+                           data(scores),
+                           plan.elements,
+                           data(sums),
+                           static_cast<uint8_t*>(finite.mutable_data_ptr()),
+                           static_cast<int32_t>(plan.blocks),
+                           static_cast<bool*>(taken.mutable_data_ptr()),
+                           {beta1, beta2}};
+    return importance_update<T>(plan.launches, update, static_cast<cudaStream_t>(stream));
   };
-  const cudaError_t error = dtype == ScalarType::Double ? run(static_cast<double*>(nullptr)) : run(static_cast<float*>(nullptr));
+  const cudaError_t error =
+      dtype == ScalarType::Double ? run(static_cast<double*>(nullptr)) : run(static_cast<float*>(nullptr));
   STD_TORCH_CHECK(error == cudaSuccess, "importance_update: ", cudaGetErrorString(error));
   return taken;
 }

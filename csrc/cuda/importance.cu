@@ -1,8 +1,8 @@
 // One step of the averages of all layers, and the score of every triplet (csrc/common/importance.h):
 //     S_i = s(E_i) + mean_k s(A_ik) + mean_j s(B_ji)
 // One launch reads θ, g, Ī, Ū of the whole model and writes the other half of Ī, Ū: 24 bytes an element in fp32. Its
-// addresses are kernel arguments, since gradients move from step to step. A second, small launch adds up the partial sums
-// and, if every gradient was finite, commits the scores and flips the half on the device.
+// addresses are kernel arguments, since gradients move from step to step. A second, small launch adds up the partial
+// sums and, if every gradient was finite, commits the scores and flips the half on the device.
 // Sums have a fixed order and there are no atomics: bitwise repeatable. No host sync.
 // This has been compiled, but has not run on a GPU yet.
 #include "common/half.h"
@@ -31,7 +31,10 @@ struct Part {
   T *new_average, *new_uncertainty;
 
   __device__ Part(const Layer& layer, int part, const Update<T>& update)
-      : param(layer.param[part]), grad(layer.grad[part]), param_dtype(layer.param_dtype[part]), grad_dtype(layer.grad_dtype[part]) {
+      : param(layer.param[part]),
+        grad(layer.grad[part]),
+        param_dtype(layer.param_dtype[part]),
+        grad_dtype(layer.grad_dtype[part]) {
     const int64_t a = static_cast<int64_t>(layer.r) * layer.k;
     const int64_t offset = layer.offset + (part == 0 ? 0 : part == 1 ? a : a + layer.r);
     const int64_t current = *update.half;
@@ -115,7 +118,8 @@ __device__ bool sweep_values(const Layer& layer, const Update<T>& update) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    importance_sweep(const __grid_constant__ Layers layers, const __grid_constant__ Update<T> update, int32_t first_block) {
+    importance_sweep(const __grid_constant__ Layers layers, const __grid_constant__ Update<T> update,
+                     int32_t first_block) {
   const int32_t block = blockIdx.x;
   int32_t low = 0, high = layers.count - 1;
   while (low < high) {

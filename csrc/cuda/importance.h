@@ -54,7 +54,9 @@ constexpr int32_t kSlabElements = 16384;    // of B
 ADALORA_INLINE int32_t divide_up(int32_t a, int32_t b) { return (a + b - 1) / b; }
 ADALORA_INLINE int32_t pieces(const Layer& layer) { return divide_up(layer.k, kPieceElements); }
 ADALORA_INLINE int32_t row_blocks(const Layer& layer) { return divide_up(layer.r * pieces(layer), kUnits); }
-ADALORA_INLINE int32_t slab_rows(const Layer& layer) { return kSlabElements / layer.r > 0 ? kSlabElements / layer.r : 1; }
+ADALORA_INLINE int32_t slab_rows(const Layer& layer) {
+  return layer.r < kSlabElements ? kSlabElements / layer.r : 1;
+}
 ADALORA_INLINE int32_t slabs(const Layer& layer) { return divide_up(layer.n, slab_rows(layer)); }
 // Blocks of a layer: of A's rows, one of E, of B's slabs.
 ADALORA_INLINE int32_t blocks_of(const Layer& layer) { return row_blocks(layer) + 1 + slabs(layer); }

@@ -5,7 +5,7 @@
 
 namespace adalora::cuda {
 
-Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& tensors, double beta1,
-                         double beta2);
+Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& tensors,
+                         double beta1, double beta2);
 
 }  // namespace adalora::cuda

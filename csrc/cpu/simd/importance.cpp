@@ -8,7 +8,7 @@ namespace adalora::cpu::ADALORA_ISA {
 
 namespace {
 
-// The exponents of non-finite numbers are all ones, so the largest magnitude, as an integer, tells whether all are finite.
+// The exponent of a non-finite number is all ones, so the largest magnitude, as an integer, tells of them all.
 ADALORA_INLINE uint32_t magnitude_bits(float value) { return bits_of(value) & 0x7fffffff; }
 ADALORA_INLINE uint64_t magnitude_bits(double value) {
   uint64_t bits;
@@ -19,9 +19,9 @@ constexpr uint32_t infinity_bits(float) { return 0x7f800000; }
 constexpr uint64_t infinity_bits(double) { return 0x7ff0000000000000; }
 
 template <typename T>
-bool update(const T* __restrict param, const T* __restrict grad, const T* __restrict average, const T* __restrict uncertainty,
-            T* __restrict new_average, T* __restrict new_uncertainty, T* __restrict sums, int64_t count,
-            const Smoothing<T>& smoothing) {
+bool update(const T* __restrict param, const T* __restrict grad, const T* __restrict average,
+            const T* __restrict uncertainty, T* __restrict new_average, T* __restrict new_uncertainty,
+            T* __restrict sums, int64_t count, const Smoothing<T>& smoothing) {
   const Smoothing<T> factors = smoothing;
   auto largest = magnitude_bits(T{});
   for (int64_t i = 0; i < count; ++i) {

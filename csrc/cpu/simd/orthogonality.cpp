@@ -130,8 +130,8 @@ void times_rows(const T* d, const T* a, int64_t rank, int64_t length, T* out) {
     }
 }
 
-// out[n, j…] = Σ_i B[n, i] D[i, j…], kRows rows at a time. A whole register is written at the end of a row too: the next
-// row, written after it, puts that right; so the last rows are written number by number.
+// out[n, j…] = Σ_i B[n, i] D[i, j…], kRows rows at a time. A whole register is written at the end of a row too: the
+// next row, written after it, puts that right; so the last rows are written number by number.
 template <typename T>
 void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out) {
   constexpr int lanes = kLanes<T>;
