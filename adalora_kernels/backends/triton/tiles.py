@@ -61,17 +61,17 @@ _Table = dict[tuple[str, Width], dict[int, Tile]]
 
 _SINGLE: _Table = {
     # Products of fp32 run on the FMA units, whose operands lie in registers: the higher the rank, the smaller the tile.
-    ("forward", Width.SINGLE): {32: Tile(64, 64, 32, 8, 3), 64: Tile(64, 64, 32, 16, 3), 128: Tile(32, 64, 32, 16, 2)},
+    ("forward", Width.SINGLE): {32: Tile(64, 64, 16, 8, 3), 64: Tile(32, 64, 16, 8, 3), 128: Tile(16, 64, 16, 8, 2)},
     ("into", Width.SINGLE): {128: Tile(16, 64, 32, 8, 2)},
-    ("v", Width.SINGLE): {128: Tile(32, 64, 0, 8, 2)},
+    ("v", Width.SINGLE): {128: Tile(32, 32, 0, 8, 2)},
     ("t", Width.SINGLE): {128: Tile(32, 64, 0, 8, 2)},
-    ("x", Width.SINGLE): {128: Tile(32, 0, 64, 8, 2)},
+    ("x", Width.SINGLE): {128: Tile(32, 0, 32, 8, 2)},
 }
 _TABLES: dict[Family, _Table] = {
     Family.AMPERE: _SINGLE
     | {
         ("forward", Width.HALF): {64: Tile(128, 128, 32, 8, 3), 128: Tile(64, 128, 32, 8, 3)},
-        ("forward", Width.MIXED): {64: Tile(128, 64, 32, 8, 2), 128: Tile(64, 64, 32, 8, 2)},
+        ("forward", Width.MIXED): {128: Tile(64, 64, 32, 8, 2)},
         ("into", Width.HALF): {128: Tile(64, 128, 32, 8, 3)},
         ("into", Width.MIXED): {128: Tile(64, 128, 32, 8, 2)},
         ("v", Width.HALF): {128: Tile(64, 64, 0, 8, 3)},
@@ -88,7 +88,7 @@ _TABLES: dict[Family, _Table] = {
             64: Tile(128, 128, 64, 8, 3),
             128: Tile(128, 64, 64, 8, 3),
         },
-        ("forward", Width.MIXED): {64: Tile(128, 128, 32, 8, 3), 128: Tile(128, 64, 32, 8, 3)},
+        ("forward", Width.MIXED): {128: Tile(128, 64, 32, 8, 3)},
         ("into", Width.HALF): {128: Tile(64, 128, 64, 8, 3)},
         ("into", Width.MIXED): {128: Tile(64, 128, 32, 8, 3)},
         ("v", Width.HALF): {32: Tile(64, 128, 0, 4, 3), 128: Tile(64, 64, 0, 8, 3)},
@@ -101,7 +101,7 @@ _TABLES: dict[Family, _Table] = {
     Family.BLACKWELL: _SINGLE
     | {
         ("forward", Width.HALF): {64: Tile(128, 256, 64, 8, 3), 128: Tile(128, 128, 64, 8, 3)},
-        ("forward", Width.MIXED): {64: Tile(128, 128, 32, 8, 3), 128: Tile(128, 64, 32, 8, 3)},
+        ("forward", Width.MIXED): {128: Tile(128, 64, 32, 8, 3)},
         ("into", Width.HALF): {128: Tile(128, 64, 64, 8, 3)},
         ("into", Width.MIXED): {128: Tile(128, 64, 32, 8, 3)},
         ("v", Width.HALF): {32: Tile(64, 128, 0, 4, 3), 128: Tile(64, 64, 0, 8, 3)},

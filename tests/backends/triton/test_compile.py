@@ -154,12 +154,23 @@ def name_of(configuration: Configuration) -> str:
     return f"{c.family.value}-{c.kernel}-{c.width.value}-r{c.max_rank}"
 
 
-@pytest.mark.parametrize("configuration", shipped(), ids=name_of)
+def cases() -> list[Any]:
+    """Each configuration with dropout; on the FMA units also without, which takes no fewer registers."""
+    found = [pytest.param(c, 0.1, id=name_of(c)) for c in shipped()]
+    on_fma = [c for c in shipped() if c.width is Width.SINGLE and c.kernel in ("forward", "into", "x")]
+    return found + [pytest.param(c, 0.0, id=f"{name_of(c)}-no-dropout") for c in on_fma]
+
+
+@pytest.mark.parametrize(("configuration", "dropout_p"), cases())
 def test_configuration_compiles_within_its_limits(
-    configuration: Configuration, monkeypatch: pytest.MonkeyPatch, record: list[Launch], tmp_path: Path
+    configuration: Configuration,
+    dropout_p: float,
+    monkeypatch: pytest.MonkeyPatch,
+    record: list[Launch],
+    tmp_path: Path,
 ) -> None:
     family, tile = configuration.family, configuration.tile
-    launch = launch_of(configuration, monkeypatch, record)
+    launch = launch_of(configuration, monkeypatch, record, dropout_p=dropout_p)
     assert (launch.options["num_warps"], launch.options["num_stages"]) == (tile.num_warps, tile.num_stages)
     found = resources_of(compile_launch(launch, CAPABILITY[family]), tmp_path / "kernel.cubin")
     summary = f"{found.registers} registers, stack {found.stack}, {found.shared} bytes of shared memory"
