@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -98,9 +99,10 @@ def with_adapter(base: PairEncoder, settings: Settings) -> Any:
 
 @dataclass
 class _Marks:
-    """Times within one step, in seconds."""
+    """Times within one step, in seconds, in their order."""
 
     inner_end: float = 0.0
+    term_backward: float = 0.0
     task_backward: float = 0.0
 
 
@@ -108,9 +110,10 @@ class _Marks:
 class Contender:
     """One of the compared trainings.
 
-    The orthogonality term lies inside the model's forward and backward, where its time is found by two marks: the
-    forward ends for the model itself before the term is computed, and autograd, which runs what was computed last
-    first, has finished the term's backward when it comes to the node of the task loss.
+    The orthogonality term lies inside the model's forward and backward, where its time is found by three marks: the
+    forward ends for the model itself before the term is computed; the backward begins at the sum of both losses, once
+    autograd has looked through the graph; and autograd, which runs what was computed last first, has finished the
+    term's backward when it comes to the node of the task loss.
 
     Attributes:
         name: for the table.
@@ -137,14 +140,14 @@ class Contender:
             output = forward(*args, **kwargs)
             if output.loss is not None:
                 self.task_losses.append(output.loss.item())
-                output.loss.grad_fn.register_prehook(self._mark_task_backward)
+                output.loss.grad_fn.register_prehook(partial(self._mark, "task_backward"))
                 self._marks.inner_end = self._now()
             return output
 
         inner.forward = marked
 
-    def _mark_task_backward(self, _: Any) -> None:
-        self._marks.task_backward = self._now()
+    def _mark(self, name: str, _: Any) -> None:
+        setattr(self._marks, name, self._now())
 
     def _now(self) -> float:
         if self.settings.device.startswith("cuda"):
@@ -156,6 +159,8 @@ class Contender:
         start = self._now()
         loss = self.model(**batch, return_loss=True).loss
         forward_end = self._now()
+        loss.grad_fn.register_prehook(partial(self._mark, "term_backward"))
+        backward_start = self._now()
         loss.backward()
         backward_end = self._now()
         self.optimizer.step()
@@ -166,12 +171,12 @@ class Contender:
         self.optimizer.zero_grad()
         self.losses.append(loss.item())
         marks = self._marks
-        term = (forward_end - marks.inner_end) + (marks.task_backward - forward_end)
+        term_forward, term_backward = forward_end - marks.inner_end, marks.task_backward - marks.term_backward
         spans = (
             marks.inner_end - start,
-            backward_end - marks.task_backward,
+            backward_end - backward_start - term_backward,
             optimizer_end - backward_end,
-            term + end - optimizer_end,
+            term_forward + term_backward + end - optimizer_end,
         )
         for phase, seconds in zip(PHASES, spans, strict=True):
             self.milliseconds[phase].append(1e3 * seconds)
