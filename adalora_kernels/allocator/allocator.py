@@ -78,6 +78,7 @@ class RankAllocator:
         self.variant = variant
         self.backend = parse(backend)
         self.triplets = self._find(model)
+        self._params = [p for t in self.triplets for p in t.parameters]
         self.importance = ImportanceState(self.triplets)
         self.lora_init_rank = lora_r
         self.total_rank = lora_r * len(self.triplets) if variant == "peft" else self.importance.layout.total_rank
@@ -147,6 +148,7 @@ class RankAllocator:
         if [t.shape for t in triplets] != list(self.importance.layout.shapes):
             raise ValueError("model: expected the layers that this allocator was made for, found other shapes")
         self.model, self.triplets = model, triplets
+        self._params = [p for t in triplets for p in t.parameters]
         self.importance.move_to(triplets[0].lora_E.device)
 
     def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int, Tensor | None]:
@@ -187,7 +189,7 @@ class RankAllocator:
         return plan.budget, threshold
 
     def _update(self) -> Tensor:
-        params = [p for t in self.triplets for p in t.parameters]
+        params = self._params
         grads = [p.grad for p in params]
         if not any(grad is not None for grad in grads):
             raise ValueError(

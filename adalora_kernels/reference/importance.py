@@ -100,7 +100,11 @@ def importance_update(
 
     Returns:
         bool [1]: whether every gradient was finite, that is, whether the update was taken.
+
+    Raises:
+        ValueError: a parameter, gradient, or the state does not fit the layout. Nothing changes.
     """
+    _check_arguments(layout, params, grads, state, half, scores)
     current = half.to(torch.int64)
     old = state.index_select(0, current)[0]
     new = old.clone()
@@ -118,6 +122,33 @@ def importance_update(
     scores.copy_(torch.where(finite, triplet_scores(layout, new[0], new[1]), scores))
     half.copy_(torch.where(finite, 1 - half, half))
     return finite
+
+
+def _check_arguments(
+    layout: TripletLayout,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    state: Tensor,
+    half: Tensor,
+    scores: Tensor,
+) -> None:
+    if len(params) != len(layout.sizes) or len(grads) != len(params):
+        raise ValueError(f"params, grads: expected {len(layout.sizes)} each, got {len(params)} and {len(grads)}")
+    if state.shape != (2, 2, layout.total_elements):
+        raise ValueError(f"state: expected [2, 2, {layout.total_elements}], got {list(state.shape)}")
+    if scores.shape != (layout.total_rank,) or half.shape != (1,):
+        raise ValueError(
+            f"scores, half: expected [{layout.total_rank}] and [1], got {list(scores.shape)} and {list(half.shape)}"
+        )
+    for i, (param, grad, size) in enumerate(zip(params, grads, layout.sizes, strict=True)):
+        if param.numel() != size or param.device != state.device:
+            raise ValueError(
+                f"params[{i}]: expected {size} elements on {state.device}, got {list(param.shape)} on {param.device}"
+            )
+        if grad is not None and (grad.shape != param.shape or grad.device != state.device):
+            raise ValueError(
+                f"grads[{i}]: expected {list(param.shape)} on {state.device}, got {list(grad.shape)} on {grad.device}"
+            )
 
 
 __all__ = ["TripletLayout", "importance_update", "magnitude_scores", "triplet_scores"]

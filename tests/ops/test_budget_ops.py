@@ -33,13 +33,13 @@ def importance_arguments() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     (
-        ({"params": [torch.zeros(1)]}, "params, grads: expected 9 each, got 1 and 9"),
-        ({"state": torch.zeros(2, 2, 3)}, r"state: expected \[2, 2, "),
-        ({"scores": torch.zeros(4)}, r"scores, half: expected \[5\]"),
-        ({"half": torch.zeros(2, dtype=torch.int32)}, r"scores, half: expected"),
-        ({("grads", 0): torch.zeros(5, 3)}, r"grads\[0\]: expected \[3, 5\]"),
-        ({("params", 6): torch.zeros(2, 8)}, r"params\[6\]: expected 14 elements"),
-        ({("grads", 2): torch.zeros(4, 3, device="meta")}, r"grads\[2\]: expected \[4, 3\] on cpu, got .* on meta"),
+        ({"params": [torch.zeros(1)]}, "params.*: expected 9 .*, got 1"),
+        ({"state": torch.zeros(2, 2, 3)}, r"state: expected "),
+        ({"scores": torch.zeros(4)}, r"scores.*: expected .*5"),
+        ({"half": torch.zeros(2, dtype=torch.int32)}, r"half: expected"),
+        ({("grads", 0): torch.zeros(5, 3)}, r"grads\[0\]: expected .*\[3, 5\]"),
+        ({("params", 6): torch.zeros(2, 8)}, r"params\[6\]: expected "),
+        ({("grads", 2): torch.zeros(4, 3, device="meta")}, r"grads\[2\]: expected .*\[4, 3\] on cpu, got .* on meta"),
     ),
 )
 def test_importance_refuses(backend: str, change: dict[Any, Any], message: str) -> None:
