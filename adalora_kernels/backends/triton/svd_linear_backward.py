@@ -254,8 +254,7 @@ def svd_linear_backward(
                     COMPUTE=compute,
                     BLOCK_M=tile.block_m,
                     BLOCK_N=tile.block_n,
-                    num_warps=tile.num_warps,
-                    num_stages=tile.num_stages,
+                    **tile.options,
                     **ranks,
                 )
             tile = tiles.choose("x", x.device, R, compute_dtype, x, adapter=lora_A)
@@ -288,8 +287,7 @@ def svd_linear_backward(
                 COMPUTE=compute,
                 BLOCK_M=tile.block_m,
                 BLOCK_K=tile.block_k,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
+                **tile.options,
                 **ranks,
             )
         if need_E or need_B:
@@ -314,8 +312,7 @@ def svd_linear_backward(
                 COMPUTE=compute,
                 BLOCK_M=tile.block_m,
                 BLOCK_N=tile.block_n,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
+                **tile.options,
                 **ranks,
             )
         if need_A or need_E or need_B:
@@ -343,8 +340,7 @@ def svd_linear_backward(
                 *strides(mask, 1),
                 scaling,
                 BLOCK=tile.block_m,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
+                **tile.options,
                 **ranks,
             )
     return dx, dA, dE, dB

@@ -185,8 +185,7 @@ def svd_linear_forward(
             BLOCK_K=tile.block_k,
             BLOCK_R=tiles.rank_block(R),
             GROUP_M=tiles.GROUP_M,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )
     return y, u
 

@@ -44,6 +44,11 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """The launch options. Fusing multiply and add is asked for by name: its default differs between versions."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -102,14 +107,15 @@ _TABLES: dict[Family, _Table] = {
     | {
         ("forward", Width.HALF): {64: Tile(128, 256, 64, 8, 3), 128: Tile(128, 128, 64, 8, 3)},
         ("forward", Width.MIXED): {128: Tile(128, 64, 32, 8, 3)},
-        ("into", Width.HALF): {128: Tile(128, 64, 64, 8, 3)},
+        ("into", Width.HALF): {128: Tile(128, 64, 64, 8, 2)},
         ("into", Width.MIXED): {128: Tile(128, 64, 32, 8, 3)},
         ("v", Width.HALF): {32: Tile(64, 128, 0, 4, 3), 128: Tile(64, 64, 0, 8, 3)},
         ("v", Width.MIXED): {128: Tile(64, 64, 0, 8, 2)},
         ("t", Width.HALF): {32: Tile(64, 128, 0, 4, 3), 128: Tile(64, 64, 0, 8, 3)},
         ("t", Width.MIXED): {128: Tile(64, 64, 0, 8, 2)},
         ("x", Width.HALF): {64: Tile(64, 0, 64, 8, 3), 128: Tile(64, 0, 64, 8, 2)},
-        ("x", Width.MIXED): {128: Tile(64, 0, 64, 8, 2)},
+        ("x", Width.MIXED): {32: Tile(64, 0, 64, 4, 3), 128: Tile(64, 0, 64, 8, 2)},
+        ("v", Width.SINGLE): {128: Tile(32, 64, 0, 8, 2)},
     },
 }
 FINISH_TILE = Tile(32, 0, 0, 4, 2)  # sums fp32 partials, the same way for every device, dtype and rank
