@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/adalora-kernels demo
 
 test: setup
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

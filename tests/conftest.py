@@ -13,6 +13,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Two workers on two cores: one thread each, or they spin against each other."""
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # and the processes that tests start
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

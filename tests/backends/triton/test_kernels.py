@@ -1,4 +1,4 @@
-"""Runs ``kernel_cases.py`` in processes of their own: interpreted everywhere, compiled where there is a GPU."""
+"""Runs the case files in processes of their own: interpreted everywhere, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ import torch
 
 pytest.importorskip("triton")
 
-CASES = Path(__file__).with_name("kernel_cases.py")
+# File and selection of each child; the slowest in two, so that two workers share it.
+GROUPS = {
+    "layer": ("kernel_cases.py", "test_layer"),
+    "kernels": ("kernel_cases.py", "not test_layer"),
+    "op": ("op_cases.py", ""),
+}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.mark.parametrize("group", ["test_layer", "not test_layer"], ids=["layer", "others"])
+@pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("mode", ["interpreted", pytest.param("compiled", marks=needs_gpu)])
 def test_kernel_cases(mode: str, group: str) -> None:
     """Every case of the group passes; where one fails, the report is the child's."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    name, selection = GROUPS[group]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
     environment["TRITON_INTERPRET"] = "1" if mode == "interpreted" else "0"
-    options = ["-p", "no:cacheprovider", "-o", "addopts=", "-q", "-rA", "--tb=short", "-k", group]
+    options = ["-p", "no:cacheprovider", "-o", "addopts=", "-q", "-rA", "--tb=short", "-k", selection]
     child = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(CASES)],
+        [sys.executable, "-m", "pytest", *options, str(Path(__file__).with_name(name))],
         env=environment,
         capture_output=True,
         text=True,
@@ -35,6 +41,6 @@ def test_kernel_cases(mode: str, group: str) -> None:
     report = child.stdout + child.stderr
     print(report)
     if child.returncode != 0:
-        pytest.fail(f"{CASES.name} ({mode}, -k {group!r}) exited with {child.returncode}:\n{report}", pytrace=False)
+        pytest.fail(f"{name} ({mode}, -k {selection!r}) exited with {child.returncode}:\n{report}", pytrace=False)
     assert re.search(r"\d+ passed", report), report
     assert "skipped" not in report, report
