@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -100,7 +100,7 @@ def choose(
     dtype: torch.dtype,
     rank: int,
     requested: Backend | None,
-    unavailable: Mapping[Backend, str | None],
+    unavailable: Callable[[Backend], str | None],
 ) -> Selection:
     """The choice, as a pure function.
 
@@ -110,14 +110,15 @@ def choose(
         dtype: the dtype in which is computed.
         rank: R, or the largest R of all layers.
         requested: a backend asked for by name, or None.
-        unavailable: for each backend why this machine can't run it for that device type, or None where it can.
+        unavailable: says why this machine can't run a backend for that device type, or None where it can; asked only of
+            backends that come into question, since to ask is to import them.
 
     Raises:
         RuntimeError: where ``requested`` can't run, with the reason.
     """
 
     def obstacle(backend: Backend) -> str | None:
-        return unsuitable(backend, op, device_type, dtype, rank) or unavailable[backend]
+        return unsuitable(backend, op, device_type, dtype, rank) or unavailable(backend)
 
     def selection(backend: Backend, reason: str) -> Selection:
         return Selection(backend, _PLANS.get((op, backend), "eager"), reason)
@@ -153,8 +154,7 @@ def unavailable_reason(backend: Backend, device_type: str) -> str | None:
 
 @cache
 def _select(op: str, device_type: str, dtype: torch.dtype, rank: int, requested: Backend | None) -> Selection:
-    unavailable = {backend: unavailable_reason(backend, device_type) for backend in Backend}
-    return choose(op, device_type, dtype, rank, requested, unavailable)
+    return choose(op, device_type, dtype, rank, requested, lambda backend: unavailable_reason(backend, device_type))
 
 
 @cache
@@ -194,6 +194,7 @@ def implementation(op: str, backend: Backend) -> ModuleType:
 
 __all__ = [
     "ENVIRONMENT_VARIABLE",
+    "MAX_TRITON_RANK",
     "OPS",
     "Backend",
     "Selection",

@@ -10,8 +10,8 @@ import torch
 from adalora_kernels import SVDLinear, explain
 from adalora_kernels.backends.select import OPS, Backend, choose, offers, parse, select
 
-ALL = dict.fromkeys(Backend)
-NONE = {Backend.REFERENCE: None, Backend.NATIVE: "not built", Backend.TRITON: "not installed"}
+ALL = dict.fromkeys(Backend).get
+NONE = {Backend.REFERENCE: None, Backend.NATIVE: "not built", Backend.TRITON: "not installed"}.get
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))

@@ -14,7 +14,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-MAX_RANK = 128
+from adalora_kernels.backends.select import MAX_TRITON_RANK
+
+MAX_RANK = MAX_TRITON_RANK
 GROUP_M = 8  # row blocks that are in flight together
 
 
