@@ -86,8 +86,7 @@ def show(record: dict[str, Any]) -> str:
     return (
         f"budget engine, {case['matrices']} matrices, R={case['R']}, {case['threads']} thr: "
         f"PEFT {ms['peft all']['median']:.1f} ms, ours {ms['ours all']['median']:.2f} ms, {times['all']:.1f} x "
-        f"(orthogonality {times['orthogonality']:.1f}, importance + masking {times['importance + masking']:.1f}); "
-        f"{record['ours_over_copy']:.2f} of a copy"
+        f"(orthogonality {times['orthogonality']:.1f}, importance + masking {times['importance + masking']:.1f})"
     )
 
 

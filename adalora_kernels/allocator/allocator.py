@@ -78,7 +78,6 @@ class RankAllocator:
         self.variant = variant
         self.backend = parse(backend)
         self.triplets = self._find(model)
-        self._params = [p for t in self.triplets for p in t.parameters]
         self.importance = ImportanceState(self.triplets)
         self.lora_init_rank = lora_r
         self.total_rank = lora_r * len(self.triplets) if variant == "peft" else self.importance.layout.total_rank
@@ -148,7 +147,6 @@ class RankAllocator:
         if [t.shape for t in triplets] != list(self.importance.layout.shapes):
             raise ValueError("model: expected the layers that this allocator was made for, found other shapes")
         self.model, self.triplets = model, triplets
-        self._params = [p for t in triplets for p in t.parameters]
         self.importance.move_to(triplets[0].lora_E.device)
 
     def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int, Tensor | None]:
@@ -176,8 +174,9 @@ class RankAllocator:
         # After the end without a ranking at the end: that step was skipped, so it is caught up with now.
         rank = plan.rank or (plan.reapply and not state.settled)
         if rank and state.updates > 0:
-            E = [t.lora_E.detach() for t in self.triplets]
-            threshold = mask_to_budget(state.scores, E, plan.budget, state.live, finite, backend=self.backend)
+            threshold = mask_to_budget(
+                state.scores, self._singular_values(), plan.budget, state.live, finite, backend=self.backend
+            )
         elif plan.reapply:
             self.reapply_pattern()
         if rank and global_step >= self.schedule.pruning_end:
@@ -189,7 +188,7 @@ class RankAllocator:
         return plan.budget, threshold
 
     def _update(self) -> Tensor:
-        params = self._params
+        params = [registry[key] for t in self.triplets for registry, key in t.slots]
         grads = [p.grad for p in params]
         if not any(grad is not None for grad in grads):
             raise ValueError(
@@ -210,9 +209,12 @@ class RankAllocator:
         state.updates += 1
         return finite
 
+    def _singular_values(self) -> list[Tensor]:
+        return [registry[key] for registry, key in (t.slots[1] for t in self.triplets)]
+
     def reapply_pattern(self) -> None:
         """Zero E wherever the stored pattern has no live triplet."""
-        zero_pruned(self.importance.live, [t.lora_E.detach() for t in self.triplets], backend=self.backend)
+        zero_pruned(self.importance.live, self._singular_values(), backend=self.backend)
 
     def live_ranks(self) -> dict[str, int]:
         """The live rank of each layer by its path. Waits for the device."""

@@ -3,37 +3,59 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from adalora_kernels.reference.importance import TripletLayout
+
+Slot = tuple[dict[str, Any], str]
+"""Where a module keeps a parameter: its registry, and the name in it."""
 
 
 @dataclass(frozen=True)
 class Triplet:
     """The adapter of one layer.
 
+    It holds the places of its parameters rather than the parameters, which PEFT, ``load_state_dict(assign=True)`` and
+    others replace.
+
     Attributes:
         name: path of the layer in the model, such as "encoder.layer.0.query".
         parameter_names: the full names of A, E and B in ``model.named_parameters()``.
-        lora_A, lora_E, lora_B: Q [R, K], Λ [R, 1], P [N, R].
+        slots: where A, E and B are kept.
     """
 
     name: str
     parameter_names: tuple[str, str, str]
-    lora_A: nn.Parameter
-    lora_E: nn.Parameter
-    lora_B: nn.Parameter
+    slots: tuple[Slot, Slot, Slot]
 
     @property
     def parameters(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-        """A, E, B."""
-        return self.lora_A, self.lora_E, self.lora_B
+        """A, E, B as they are now."""
+        (a, i), (e, j), (b, k) = self.slots
+        return a[i], e[j], b[k]
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """Q [R, K]."""
+        return self.parameters[0]
+
+    @property
+    def lora_E(self) -> nn.Parameter:
+        """Λ [R, 1]."""
+        return self.parameters[1]
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """P [N, R]."""
+        return self.parameters[2]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(R, K, N)."""
-        return self.lora_A.shape[0], self.lora_A.shape[1], self.lora_B.shape[0]
+        a, _, b = self.parameters
+        return a.shape[0], a.shape[1], b.shape[0]
 
 
 def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]:
@@ -43,13 +65,18 @@ def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]
 
     Args:
         model: any module.
-        adapter: with PEFT's names, the adapter to take, matched exactly; None takes those that train, or all where
-            none does.
+        adapter: with PEFT's names, the adapter to take, matched exactly; None takes those that train, or all where none
+            does.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    slots: dict[str, Slot] = {
+        f"{path}.{key}" if path else key: (module._parameters, key)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    }
     found: list[Triplet] = []
     seen: set[int] = set()
-    for name, lora_A in parameters.items():
+    for name, slot in slots.items():
         parts = name.split(".")
         if "lora_A" not in parts:
             continue
@@ -58,11 +85,12 @@ def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]
         if adapter is not None and suffix and suffix != adapter.split("."):
             continue
         name_E, name_B = (".".join([*parts[:at], kind, *suffix]) for kind in ("lora_E", "lora_B"))
-        lora_E, lora_B = parameters.get(name_E), parameters.get(name_B)
-        if lora_E is None or lora_B is None or id(lora_E) in seen:  # a tied layer counts once
+        if name_E not in slots or name_B not in slots:
             continue
-        seen.add(id(lora_E))
-        found.append(Triplet(".".join(parts[:at]), (name, name_E, name_B), lora_A, lora_E, lora_B))
+        triplet = Triplet(".".join(parts[:at]), (name, name_E, name_B), (slot, slots[name_E], slots[name_B]))
+        if id(triplet.lora_E) not in seen:  # a tied layer counts once
+            seen.add(id(triplet.lora_E))
+            found.append(triplet)
     trained = [t for t in found if any(p.requires_grad for p in t.parameters)]
     return trained if adapter is None and trained else found
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from adalora_kernels.backends.native_layer import svd_linear_backward, svd_linear_forward
 from adalora_kernels.reference.importance import TripletLayout
 
+_shape, _device, _dtype = attrgetter("shape"), attrgetter("device"), attrgetter("dtype")
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common/dtype.h
 
 
@@ -125,7 +127,7 @@ def orthogonality(
     if not lora_A or len(lora_A) != len(lora_B):
         raise ValueError(f"lora_A, lora_B: expected the same number, at least 1, got {len(lora_A)} and {len(lora_B)}")
     matrices = [*lora_A, *lora_B]
-    shapes, dtypes = tuple(m.shape for m in matrices), tuple(m.dtype for m in matrices)
+    shapes, dtypes = tuple(map(_shape, matrices)), tuple(map(_dtype, matrices))
     plan = _orthogonality_plan(shapes, dtypes)
     read, (addresses, codes) = _described("lora_A, lora_B", matrices, list(shapes), torch.device("cpu"))
     grads, targets = _gradients(plan) if need_grad else ([], [0] * len(matrices))
@@ -188,11 +190,12 @@ def _gradients(plan: _OrthogonalityPlan) -> tuple[list[Tensor], list[int]]:
 
 def _values_table(lora_E: Sequence[Tensor], total_rank: int) -> Tensor:
     """Address, dtype, size and stride of each E."""
-    counts = [e.numel() for e in lora_E]
+    counts = list(map(Tensor.numel, lora_E))
     if sum(counts) != total_rank:
         raise ValueError(f"lora_E: expected {total_rank} values, as many as triplets, got {sum(counts)}")
     _checked("lora_E", lora_E, [(count, 1) for count in counts], torch.device("cpu"))
-    return _table([e.data_ptr() for e in lora_E], _codes("lora_E", lora_E), counts, [e.stride(0) for e in lora_E])
+    addresses, codes = list(map(Tensor.data_ptr, lora_E)), _codes("lora_E", lora_E)
+    return _table(addresses, codes, counts, [e.stride(0) for e in lora_E])
 
 
 def _ops(device_type: str) -> Any:
@@ -225,7 +228,7 @@ def _checked(
         expected = [shape for shape, t in zip(shapes, tensors, strict=True) if t is not None]
     else:
         expected = shapes
-    if [t.shape for t in present] != expected or not {t.device for t in present} <= {device}:
+    if list(map(_shape, present)) != expected or not set(map(_device, present)) <= {device}:
         for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
             if tensor is not None and (tensor.shape != shape or tensor.device != device):
                 raise ValueError(f"{name}[{i}]: expected shape {list(shape)} on {device}, got {_describe(tensor)}")
@@ -239,7 +242,7 @@ def _described(
     present = _checked(name, tensors, shapes, device)
     if not all(map(Tensor.is_contiguous, present)):
         present = [t.contiguous() for t in present]
-    addresses, codes = [t.data_ptr() for t in present], _codes(name, present)
+    addresses, codes = list(map(Tensor.data_ptr, present)), _codes(name, present)
     if len(present) < len(shapes):
         remaining = zip(addresses, codes, strict=True)
         pairs = [(0, 0) if t is None else next(remaining) for t in tensors]
@@ -248,7 +251,7 @@ def _described(
 
 
 def _codes(name: str, tensors: Sequence[Tensor]) -> list[int]:
-    dtypes = {t.dtype for t in tensors}
+    dtypes = set(map(_dtype, tensors))
     if unknown := dtypes - _DTYPE_CODES.keys():
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {unknown.pop()}")
     if len(dtypes) == 1:

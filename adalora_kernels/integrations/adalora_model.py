@@ -9,17 +9,17 @@ from __future__ import annotations
 import warnings
 from copy import copy
 from dataclasses import dataclass, field
-from operator import is_
 from typing import Any
 
 import torch
 from peft.tuners.adalora.config import AdaLoraConfig
 from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from adalora_kernels.allocator import RankAllocator, find_triplets
+from adalora_kernels.allocator.triplets import Slot
 from adalora_kernels.backends.select import Backend, offers, parse
 from adalora_kernels.integrations.rank_pattern import (
     Pattern,
@@ -42,8 +42,10 @@ class FusedState:
         backend: as given to ``patch_model``.
         hook: adds the orthogonality term where PEFT's forward is bypassed.
         layers: the AdaLoRA layers by path; None where they must be looked up.
-        registries: the parameter registries of these layers' A, E and B, in the order of ``layers``.
+        factors: where A and B of adapter ``factors_of`` are kept; None where they must be looked up.
+        factors_of: the adapter that was last trained.
         allocator: None before the first step.
+        bound: whether the allocator was made for the layers as they are now.
         kept: for each adapter and layer that was loaded without its dead rows, which rows were loaded.
         term_due: whether an optimizer step has ended since the term was last added.
         term_used: whether the term was ever asked for.
@@ -53,8 +55,10 @@ class FusedState:
     backend: str | Backend | None = None
     hook: RemovableHandle | None = None
     layers: dict[str, AdaLoraLayer] | None = None
-    registries: list[tuple[dict[str, Any], ...]] = field(default_factory=list)
+    factors: list[tuple[Slot, Slot]] | None = None
+    factors_of: str = ""
     allocator: RankAllocator | None = None
+    bound: bool = False
     kept: dict[str, Pattern] = field(default_factory=dict)
     term_due: bool = True
     term_used: bool = False
@@ -93,19 +97,20 @@ class FusedAdaLoraModel(AdaLoraModel):
         state.term_used = True
         trained = self.trained_adapter()
         name, weight = ("", 0.0) if trained is None else (trained[0], trained[1].orth_reg_weight)
-        factors = self._factors(name)
-        if weight == 0 or not factors:
+        lora_A, lora_B = self._factors(name)
+        if weight == 0 or not lora_A:
             return torch.zeros(())
-        by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-        for a, _, b in factors:
-            by_device.setdefault(a.device, []).append((a, b))
         backend = self._backend_of("orthogonality")
-        total: Tensor | None = None
-        for pairs in by_device.values():
-            lora_A, lora_B = zip(*pairs, strict=True)
-            term = orthogonality_loss(lora_A, lora_B, weight * len(pairs) / len(factors), backend=backend)
-            total = term if total is None else total + term.to(total.device)
-        assert total is not None
+        devices = {a.device for a in lora_A}
+        if len(devices) == 1:
+            total = orthogonality_loss(lora_A, lora_B, weight, backend=backend)
+        else:
+            total = torch.zeros((), device=lora_A[0].device)
+            for device in devices:
+                some = [i for i, a in enumerate(lora_A) if a.device == device]
+                share = weight * len(some) / len(lora_A)
+                term = orthogonality_loss([lora_A[i] for i in some], [lora_B[i] for i in some], share, backend=backend)
+                total = total + term.to(total.device)
         self.last_orthogonality = total.detach()
         return total
 
@@ -135,7 +140,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         """Whether no gradient was accumulated since the last optimizer step, as far as can be seen from here."""
         trained = self.trained_adapter()
         name = "" if trained is None else trained[0]
-        return self.fused_state.term_due or all(a.grad is None for a, _, _ in self._factors(name))
+        return self.fused_state.term_due or all(a.grad is None for a in self._factors(name)[0])
 
     def update_and_allocate(self, global_step: int) -> None:
         """PEFT's entry point: call it after ``optimizer.step()`` and before ``zero_grad()``.
@@ -186,6 +191,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         allocator = state.allocator
         if allocator is None or allocator.adapter != name or not self._rebind(allocator):
             allocator = state.allocator = self._new_allocator(name, config)
+        state.bound = True
         allocator.total_step, allocator.mask_interval = config.total_step, config.deltaT
         allocator.initial_warmup, allocator.final_warmup = config.tinit, config.tfinal
         allocator.beta1, allocator.beta2 = config.beta1, config.beta2
@@ -194,10 +200,7 @@ class FusedAdaLoraModel(AdaLoraModel):
 
     def _rebind(self, allocator: RankAllocator) -> bool:
         """Let the allocator follow parameters that were replaced or moved; False where it no longer fits them."""
-        held = [p for triplet in allocator.triplets for p in triplet.parameters]
-        now = [p for factors in self._factors(allocator.adapter or "") for p in factors]
-        same = len(held) == len(now) and all(map(is_, held, now))
-        if same and allocator.importance.live.device == held[0].device:
+        if self.fused_state.bound and allocator.importance.live.device == allocator.triplets[0].lora_E.device:
             return True
         shapes = [triplet.shape for triplet in find_triplets(self.model, allocator.adapter)]
         if shapes != list(allocator.importance.layout.shapes):
@@ -254,16 +257,16 @@ class FusedAdaLoraModel(AdaLoraModel):
         state = self.fused_state
         if state.layers is None:
             state.layers = {path: m for path, m in self.model.named_modules() if isinstance(m, AdaLoraLayer)}
-            state.registries = [
-                tuple(factor._parameters for factor in (m.lora_A, m.lora_E, m.lora_B)) for m in state.layers.values()
-            ]
         return state.layers
 
-    def _factors(self, adapter: str) -> list[tuple[nn.Parameter, ...]]:
-        """A, E and B of each layer that has this adapter, as they are now: a parameter may have been replaced."""
-        self.adalora_layers()
+    def _factors(self, adapter: str) -> tuple[list[Tensor], list[Tensor]]:
+        """A and B of each layer that has the trained adapter, as they are now."""
+        state = self.fused_state
+        if state.factors is None or state.factors_of != adapter:
+            triplets = find_triplets(self.model, adapter) if adapter else []
+            state.factors, state.factors_of = [(t.slots[0], t.slots[2]) for t in triplets], adapter
         # Straight from the registries: look-ups of module attributes would cost more than the term itself.
-        return [tuple(r[adapter] for r in each) for each in self.fused_state.registries if adapter in each[0]]
+        return [a[i] for (a, i), _ in state.factors], [b[j] for _, (b, j) in state.factors]
 
     def _backend_of(self, op: str) -> Backend | None:
         """The backend asked for, where it has ``op``; else the automatic choice."""
@@ -271,7 +274,8 @@ class FusedAdaLoraModel(AdaLoraModel):
         return backend if backend is not None and offers(backend, op) else None
 
     def _changed(self) -> None:
-        self.fused_state.layers = None
+        self.fused_state.layers = self.fused_state.factors = None
+        self.fused_state.bound = False
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; the layers that it adds are fused as well."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from adalora_kernels.backends.select import Backend, implementation, select
@@ -30,7 +31,8 @@ def mask_to_budget(
         raise ValueError(f"scores: expected [total rank], got {list(scores.shape)}")
     _check(live, lora_E, scores.numel())
     chosen = select("allocation", scores.device.type, scores.dtype, 0, backend).backend
-    threshold: Tensor = implementation("allocation", chosen).mask_to_budget(scores, lora_E, budget, live, enabled)
+    with torch.no_grad():
+        threshold: Tensor = implementation("allocation", chosen).mask_to_budget(scores, lora_E, budget, live, enabled)
     return threshold
 
 
@@ -44,7 +46,8 @@ def zero_pruned(live: Tensor, lora_E: Sequence[Tensor], *, backend: str | Backen
     _check(live, lora_E, live.numel())
     if lora_E:
         chosen = select("allocation", live.device.type, lora_E[0].dtype, 0, backend).backend
-        implementation("allocation", chosen).zero_pruned(live, lora_E)
+        with torch.no_grad():
+            implementation("allocation", chosen).zero_pruned(live, lora_E)
 
 
 def _check(live: Tensor, lora_E: Sequence[Tensor], total: int) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adalora_kernels.backends.select import Backend, implementation, select
-from adalora_kernels.ops.checks import floating_state_dtype
 
 
 def orthogonality_loss(
@@ -45,11 +44,6 @@ def orthogonality_loss(
         raise ValueError("lora_A, lora_B: expected at least one matrix, got none")
     if weight < 0:
         raise ValueError(f"weight: expected at least 0, got {weight}")
-    if {m.dim() for m in matrices} != {2} or len({m.device for m in matrices}) > 1:
-        raise ValueError(
-            "lora_A, lora_B: expected 2-d matrices on one device, got "
-            + ", ".join(sorted({f"{m.dim()}-d on {m.device}" for m in matrices}))
-        )
     return _Orthogonality.apply(float(weight), squared, backend, len(lora_A), *matrices)
 
 
@@ -80,8 +74,7 @@ class _Orthogonality(torch.autograd.Function):
 def _launch(
     matrices: Sequence[Tensor], *, weight: float, squared: bool, backend: Any, n_A: int, need_grad: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    dtype = floating_state_dtype(matrices)
-    chosen = select("orthogonality", matrices[0].device.type, dtype, 0, backend).backend
+    chosen = select("orthogonality", matrices[0].device.type, matrices[0].dtype, 0, backend).backend
     launch = implementation("orthogonality", chosen).orthogonality
     result: tuple[Tensor, list[Tensor]] = launch(matrices[:n_A], matrices[n_A:], weight, squared, need_grad)
     return result

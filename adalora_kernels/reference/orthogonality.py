@@ -28,8 +28,16 @@ def orthogonality(
     Returns:
         The value, 0-d, in fp32 (fp64 if any matrix is fp64), and the gradients of A₀, A₁, …, B₀, B₁, … in the matrices'
         dtypes (an empty list where not wanted).
+
+    Raises:
+        ValueError: matrices that are not 2-d, or on several devices.
     """
     matrices = [*lora_A, *lora_B]
+    if {m.dim() for m in matrices} != {2} or len({m.device for m in matrices}) > 1:
+        raise ValueError(
+            "lora_A, lora_B: expected 2-d matrices on one device, got "
+            + ", ".join(sorted({f"{m.dim()}-d on {m.device}" for m in matrices}))
+        )
     dtype = torch.float64 if any(m.dtype == torch.float64 for m in matrices) else torch.float32
     factor = weight if squared else weight / len(matrices)
     value = torch.zeros((), dtype=dtype, device=matrices[0].device)
