@@ -13,6 +13,12 @@ STABLE_TORCH_LIBRARY(adalora_native, m) {
   m.def("zero_pruned(Tensor live, Tensor values) -> ()");
   m.def("orthogonality(Tensor matrices, float factor, bool squared, bool fp64) -> Tensor");
   m.def("dropout(Tensor x, int threshold, float scale, Tensor seed) -> Tensor");
+  m.def(
+      "lowrank_forward(Tensor x, Tensor lora_A, Tensor lora_E, Tensor lora_B, Tensor? mask, float scaling, "
+      "Tensor(a!) y) -> Tensor");
+  m.def(
+      "lowrank_backward(Tensor grad_y, Tensor x, Tensor u, Tensor lora_A, Tensor lora_E, Tensor lora_B, Tensor? mask, "
+      "float scaling, Tensor(a!)? dx, bool add, bool need_A, bool need_B) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adalora_native, CompositeExplicitAutograd, m) {
@@ -25,6 +31,8 @@ STABLE_TORCH_LIBRARY_IMPL(adalora_native, CPU, m) {
   m.impl("zero_pruned", TORCH_BOX(&adalora::cpu::zero_pruned));
   m.impl("orthogonality", TORCH_BOX(&adalora::cpu::orthogonality));
   m.impl("dropout", TORCH_BOX(&adalora::cpu::dropout));
+  m.impl("lowrank_forward", TORCH_BOX(&adalora::cpu::lowrank_forward));
+  m.impl("lowrank_backward", TORCH_BOX(&adalora::cpu::lowrank_backward));
 }
 
 ADALORA_MODULE(_C)

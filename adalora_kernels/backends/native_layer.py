@@ -1,7 +1,9 @@
-"""The layer on the CPU: y = x Wᵀ + b + (u ⊙ λ) Bᵀ, the low-rank term accumulated by the BLAS into the frozen product.
+"""The layer on the CPU: y = x Wᵀ + b + (u ⊙ λ) Bᵀ, the low-rank term accumulated into the frozen product.
 
-Beyond the frozen products a call reads x twice (u, dA), g twice (v, T), and y and dx once more to add to them. T is
-computed as (uᵀ g)ᵀ, so that the long dimension is contiguous in the skinny product: half the time of gᵀ u.
+In fp32 and with contiguous rows the low-rank term is ``native_lowrank``'s: two passes over the rows, one per direction.
+Anything else goes through the BLAS, where beyond the frozen products a call reads x twice (u, dA), g twice (v, T), and
+y and dx once more to add to them. There T is computed as (uᵀ g)ᵀ, so that the long dimension is contiguous in the
+skinny product: half the time of gᵀ u.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adalora_kernels.backends import native_lowrank
 from adalora_kernels.reference.svd_linear import singular_values
 
 
@@ -49,7 +52,10 @@ def svd_linear_forward(
         base = F.linear(xc, weight.to(compute_dtype), None if bias is None else bias.to(compute_dtype))
     if lora_A.shape[0] == 0:
         return base, xc.new_empty(xc.shape[0], 0)
-    u = _dropped(xc, dropout_p, seed) @ lora_A.to(compute_dtype).t()
+    xd = _dropped(xc, dropout_p, seed)
+    if native_lowrank.fits(xd, base, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B):
+        return base, native_lowrank.forward(xd, lora_A, lora_E, lora_B, mask, scaling, base)
+    u = xd @ lora_A.to(compute_dtype).t()
     scaled = (u * singular_values(lora_E, mask, scaling)).to(compute_dtype)
     return _add_product(base, scaled, lora_B.to(compute_dtype).t()), u
 
@@ -72,6 +78,8 @@ def svd_linear_backward(
     """As ``reference.svd_linear.backward``."""
     need_x, need_A, need_E, need_B = needs
     g = grad_y.to(compute_dtype)
+    if native_lowrank.fits(g, x, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B) and u.is_contiguous():
+        return _fused_backward(g, x, u, weight, lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, needs)
     lam = singular_values(lora_E, mask, scaling)
     dx = dA = dE = dB = None
     if need_x or need_A:
@@ -90,6 +98,34 @@ def svd_linear_backward(
                 dE = dE * mask.reshape(-1).to(lam.dtype)
             dE = dE.reshape(lora_E.shape).to(lora_E.dtype)
     return dx, dA, dE, dB
+
+
+def _fused_backward(
+    g: Tensor,
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    need_x, need_A, need_E, need_B = needs
+    frozen = g @ weight.to(g.dtype) if need_x and weight is not None else None
+    adds = frozen is not None and seed is None
+    dx = None if not need_x else frozen if adds else x.new_empty(x.shape)
+    xd = _dropped(x, dropout_p, seed) if need_A else x
+    dA, dE, dB = native_lowrank.backward(
+        g, xd, u, lora_A, lora_E, lora_B, mask, scaling, dx, adds, need_A, need_E or need_B
+    )
+    if dx is not None and seed is not None:
+        dx = _dropped(dx, dropout_p, seed)
+        dx = dx if frozen is None else frozen.add_(dx)
+    return dx, dA if need_A else None, dE.reshape(lora_E.shape) if need_E else None, dB if need_B else None
 
 
 def _input_gradient(

@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "common/checks.h"
 
@@ -16,5 +17,11 @@ Tensor mask_to_budget(const Tensor& scores, Tensor live, const Tensor& enabled, 
 void zero_pruned(const Tensor& live, const Tensor& values);
 Tensor orthogonality(const Tensor& matrices, double factor, bool squared, bool fp64);
 Tensor dropout(const Tensor& x, int64_t threshold, double scale, const Tensor& seed);
+Tensor lowrank_forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_E, const Tensor& lora_B,
+                       std::optional<Tensor> mask, double scaling, Tensor y);
+std::tuple<Tensor, Tensor, Tensor> lowrank_backward(const Tensor& grad_y, const Tensor& x, const Tensor& u,
+                                                    const Tensor& lora_A, const Tensor& lora_E, const Tensor& lora_B,
+                                                    std::optional<Tensor> mask, double scaling,
+                                                    std::optional<Tensor> dx, bool add, bool need_A, bool need_B);
 
 }  // namespace adalora::cpu
