@@ -34,10 +34,18 @@ def test_loss_and_gradients(architecture: str, dtype: torch.dtype, autocast: tor
     assert all(report.fused for report in layer_report(ours))
     expected, actual = _loss_and_gradients(theirs, autocast), _loss_and_gradients(ours, autocast)
     assert expected.keys() == actual.keys()
+    if dtype == torch.float32 and autocast is None:
+        for kind in ("loss", "lora_A", "lora_E", "lora_B"):
+            # Over all layers at once, each by its largest element: a layer's dE is a handful of numbers, and how far
+            # the worst of them is off in one run is chance, on both sides.
+            names = [name for name in actual if kind in name]
+            pooled = [
+                torch.cat([(grads[n] / exact[n].abs().max().to(grads[n].dtype)).flatten() for n in names])
+                for grads in (actual, expected, exact)
+            ]
+            assert_within_budget(kind, *pooled)
+        return
     for name, value in actual.items():
-        if dtype == torch.float32 and autocast is None:
-            assert_within_budget(name, value, expected[name], exact[name])
-            continue
         # After a network in 16 bits a gradient's worst element is chance, its norm is not: same budget on the norm.
         error, allowance = ((result.double() - exact[name]).norm() for result in (value, expected[name]))
         rounding = torch.finfo(torch.bfloat16).eps * exact[name].norm()
