@@ -53,8 +53,11 @@ def svd_linear_forward(
     if lora_A.shape[0] == 0:
         return base, xc.new_empty(xc.shape[0], 0)
     xd = _dropped(xc, dropout_p, seed)
-    if native_lowrank.fits(xd, base, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B):
-        return base, native_lowrank.forward(xd, lora_A, lora_E, lora_B, mask, scaling, base)
+    if native_lowrank.fits(lora_A, lora_E, lora_B, xd, base):
+        u = native_lowrank.forward(xd, lora_A, lora_E, lora_B, mask, scaling, base)
+        if weight is None:
+            torch.autograd.graph.increment_version(base)
+        return base, u
     u = xd @ lora_A.to(compute_dtype).t()
     scaled = (u * singular_values(lora_E, mask, scaling)).to(compute_dtype)
     return _add_product(base, scaled, lora_B.to(compute_dtype).t()), u
@@ -78,7 +81,7 @@ def svd_linear_backward(
     """As ``reference.svd_linear.backward``."""
     need_x, need_A, need_E, need_B = needs
     g = grad_y.to(compute_dtype)
-    if native_lowrank.fits(g, x, lora_A=lora_A, lora_E=lora_E, lora_B=lora_B) and u.is_contiguous():
+    if native_lowrank.fits(lora_A, lora_E, lora_B, g, x) and u.is_contiguous():
         return _fused_backward(g, x, u, weight, lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, needs)
     lam = singular_values(lora_E, mask, scaling)
     dx = dA = dE = dB = None
@@ -125,7 +128,7 @@ def _fused_backward(
     if dx is not None and seed is not None:
         dx = _dropped(dx, dropout_p, seed)
         dx = dx if frozen is None else frozen.add_(dx)
-    return dx, dA if need_A else None, dE.reshape(lora_E.shape) if need_E else None, dB if need_B else None
+    return dx, dA if need_A else None, dE if need_E else None, dB if need_B else None
 
 
 def _input_gradient(

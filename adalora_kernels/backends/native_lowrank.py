@@ -16,19 +16,16 @@ from torch import Tensor
 MAX_RANK = 64
 
 
-def fits(*rows: Tensor | None, lora_A: Tensor, lora_E: Tensor, lora_B: Tensor) -> bool:
-    """Whether the kernels read these: fp32, an adapter that is contiguous, ``rows`` [M, ...] of contiguous rows."""
-    return (
-        0 < lora_A.shape[0] <= MAX_RANK
-        and all(t.dtype is torch.float32 and t.is_contiguous() for t in (lora_A, lora_E, lora_B))
-        and all(t is None or (t.dtype is torch.float32 and _has_plain_rows(t)) for t in rows)
-    )
-
-
-def _has_plain_rows(t: Tensor) -> bool:
-    """Rows that are contiguous and don't overlap; a broadcast one is no place to add to."""
-    row, column = t.stride()
-    return column == 1 and row >= t.shape[1]
+def fits(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor, *rows: Tensor) -> bool:
+    """Whether the kernels read these: all fp32, the adapter contiguous, ``rows`` [M, ...] each of contiguous rows."""
+    for t in (lora_A, lora_E, lora_B):
+        if t.dtype is not torch.float32 or not t.is_contiguous():
+            return False
+    for t in rows:
+        # Rows that overlap, as broadcast ones do, are no place to add to.
+        if t.dtype is not torch.float32 or t.stride(1) != 1 or t.stride(0) < t.shape[1]:
+            return False
+    return 0 < lora_A.shape[0] <= MAX_RANK
 
 
 def forward(
@@ -40,9 +37,8 @@ def forward(
     scaling: float,
     y: Tensor,
 ) -> Tensor:
-    """Add the low-rank term of x [M, K] into y [M, N], in place; u = x Aᵀ [M, R] is the result."""
+    """Add the low-rank term of x [M, K] into y [M, N], in place, unseen by autograd; the result is u = x Aᵀ [M, R]."""
     u: Tensor = _ops().lowrank_forward(x, lora_A, lora_E, lora_B, _values(mask), scaling, y)
-    torch.autograd.graph.increment_version(y)
     return u
 
 
@@ -63,7 +59,7 @@ def backward(
     """Gradients of the low-rank term: into dx [M, K] where it is given, added to it if ``accumulate``, else instead.
 
     Returns:
-        dA [R, K], dE [R], dB [N, R]: empty where not needed; dE comes with dB.
+        dA [R, K], dE shaped as ``lora_E``, dB [N, R]; dE comes with dB, and what is not needed is empty.
     """
     grads: tuple[Tensor, Tensor, Tensor] = _ops().lowrank_backward(
         grad_y, x, u, lora_A, lora_E, lora_B, _values(mask), scaling, dx, accumulate, need_A, need_B

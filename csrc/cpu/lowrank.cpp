@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> lowrank_backward(const Tensor& grad_y, const 
 
   Tensor dA = torch::stable::new_empty(x, {need_A ? rank : 0, k});
   Tensor dB = torch::stable::new_empty(x, {need_B ? n : 0, rank});
-  Tensor dE = torch::stable::new_empty(x, {need_B ? rank : 0});
+  Tensor dE = need_B ? torch::stable::empty_like(lora_E) : torch::stable::new_empty(x, {0});
   const int64_t blocks_A = need_A ? rounded_up(rank * k, kColumns) / kColumns : 0;
   const int64_t blocks_B = need_B ? rounded_up(n, kColumns) / kColumns : 0;
   std::vector<double> slopes(blocks_B * rank);
