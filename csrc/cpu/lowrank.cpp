@@ -3,7 +3,7 @@
 //     backward:  v = (g B) ⊙ λ,  dx += v A,  dA = vᵀ x,  T = gᵀ u,  dB = T ⊙ λ,  dE = c mask ⊙ colsum(B ⊙ T)
 // Memory sees x once and y twice in the forward, g and x once and dx twice in the backward: a block of rows stays in
 // the cache while everything that needs it is done. dA and T are summed within slabs of rows, then over the slabs in
-// their order. Slabs follow from the number of rows alone: bitwise repeatable, whatever the number of threads.
+// their order. Slabs follow from the shapes alone: bitwise repeatable, whatever the number of threads.
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -18,13 +18,14 @@ namespace {
 
 // A block's longer rows take this many numbers, so that they are still in the L2 cache when they are read again.
 constexpr int64_t kBlockNumbers = 196608, kMinBlockRows = 8, kMaxBlockRows = 64;
-constexpr int64_t kMinSlabRows = 64, kMaxSlabRows = 256, kSlabs = 16;
+// Enough slabs for the threads; few, since each has its own dA and T.
+constexpr int64_t kMinSlabRows = 64, kMaxSlabRows = 256, kSlabs = 16, kMaxSlabs = 64;
 constexpr int64_t kColumns = 256;  // columns summed over the slabs at a time
 constexpr int64_t kThreadedElements = 32768;
 
 struct Rows {
   float* data;
-  int64_t count, length, stride;
+  int64_t length, stride;
 
   float* operator[](int64_t row) const { return data + row * stride; }
 };
@@ -33,7 +34,7 @@ Rows rows_of(const Tensor& t, int64_t count, int64_t length, const char* name) {
   const bool fits = t.dim() == 2 && t.size(0) == count && t.size(1) == length && t.scalar_type() == ScalarType::Float &&
                     (t.stride(1) == 1 || length <= 1);
   STD_TORCH_CHECK(fits, name, ": expected float32 [", count, ", ", length, "] with contiguous rows");
-  return {static_cast<float*>(const_cast<void*>(t.const_data_ptr())), count, length, t.stride(0)};
+  return {static_cast<float*>(const_cast<void*>(t.const_data_ptr())), length, t.stride(0)};
 }
 
 const float* values_of(const Tensor& t, int64_t numel, const char* name) {
@@ -44,8 +45,8 @@ const float* values_of(const Tensor& t, int64_t numel, const char* name) {
 // The adapter as the kernels read it.
 struct Adapter {
   int64_t rank, in, out;
-  const float *a, *b;              // [rank, in], [out, rank]
-  std::vector<float> bt;           // Bᵀ [rank, out]
+  const float *a, *b;                // [rank, in], [out, rank]
+  std::vector<float> bt;             // Bᵀ [rank, out]
   std::vector<float> scale, lambda;  // c mask, c E mask
 
   Adapter(const Tensor& lora_A, const Tensor& lora_E, const Tensor& lora_B, const std::optional<Tensor>& mask,
@@ -82,7 +83,8 @@ int64_t block_rows(const Adapter& adapter) {
 }
 
 int64_t slab_rows(int64_t rows, int64_t block) {
-  return rounded_up(std::clamp(rounded_up(rows, kSlabs) / kSlabs, kMinSlabRows, kMaxSlabRows), block);
+  const int64_t few = std::clamp(rounded_up(rows, kSlabs) / kSlabs, kMinSlabRows, kMaxSlabRows);
+  return rounded_up(std::max(few, rounded_up(rows, kMaxSlabs) / kMaxSlabs), block);
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ constexpr int kSpread = 2;
 #endif
 constexpr int kPair = 2;
 constexpr int64_t kPiece = 1024;  // numbers of a row per dot product
-constexpr int kAhead = 128;        // numbers of a row from use to prefetch
+constexpr int kAhead = 128;       // numbers of a row from use to prefetch
 
 ADALORA_INLINE V multiply_add(V a, V b, V c) {
 #if defined(__AVX512F__)
