@@ -48,7 +48,7 @@ class Selection:
 
 _PLANS: dict[tuple[str, Backend], str] = {
     ("svd_linear", Backend.TRITON): "one_pass",
-    ("svd_linear", Backend.NATIVE): "blas",
+    ("svd_linear", Backend.NATIVE): "accumulate",
     ("importance", Backend.NATIVE): "multi_tensor",
     ("allocation", Backend.NATIVE): "selection",
     ("orthogonality", Backend.NATIVE): "multi_tensor",
