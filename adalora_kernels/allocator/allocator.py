@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from adalora_kernels.allocator.schedule import VARIANTS, BudgetSchedule
-from adalora_kernels.allocator.state import ImportanceState
+from adalora_kernels.allocator.state import ImportanceState, check_keys
 from adalora_kernels.allocator.tensorboard import write_scalars
 from adalora_kernels.allocator.triplets import Triplet, find_triplets
-from adalora_kernels.backends.select import Backend, parse
+from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.ops.allocation import mask_to_budget, zero_pruned
 from adalora_kernels.ops.importance import importance_update
 from adalora_kernels.ops.orthogonality import orthogonality_loss
@@ -23,8 +23,8 @@ class RankAllocator:
     Call ``update_and_mask(model, step)`` after ``optimizer.step()`` and before ``zero_grad()``, with steps counted
     from 0. Everything but the schedule stays on the parameters' device; no step waits for the device.
 
-    A gradient that is not finite leaves averages, pattern and E as they were. A parameter without a gradient keeps its
-    averages.
+    A step with a gradient that is not finite leaves averages, pattern and E as they were. A parameter without a
+    gradient keeps its averages.
 
     Args:
         model: holds the layers; any with lora_A, lora_E, lora_B (ours, the original's, PEFT's).
@@ -73,12 +73,16 @@ class RankAllocator:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}; got {variant!r}")
         if lora_r < 0:
             raise ValueError(f"lora_r: expected at least 0, got {lora_r}")
+        if tb_writter_loginterval < 1:
+            raise ValueError(f"tb_writter_loginterval: expected at least 1, got {tb_writter_loginterval}")
         self.model = model
         self.adapter = adapter
         self.variant = variant
         self.backend = parse(backend)
         self.triplets = self._find(model)
         self.importance = ImportanceState(self.triplets)
+        for op in ("importance", "allocation"):  # a backend that can't run says so here rather than in mid-training
+            select(op, self.importance.live.device.type, self.importance.averages.dtype, 0, self.backend)
         self.lora_init_rank = lora_r
         self.total_rank = lora_r * len(self.triplets) if variant == "peft" else self.importance.layout.total_rank
         self.target_rank = target_rank * len(self.triplets) if target_total_rank is None else target_total_rank
@@ -162,17 +166,24 @@ class RankAllocator:
 
         Raises:
             ValueError: no parameter has a gradient where one is needed, that is, ``backward`` was not called or the
-                gradients are already cleared; or ``total_step`` is not set. Nothing changes.
+                gradients are already cleared; ``total_step`` is not set; or a layer was frozen. Nothing changes.
         """
-        if model is not self.model:
-            self.bind(model)
         plan = self.schedule.plan(global_step)
-        finite = self._update() if plan.update else None
-        self.global_step = global_step
-        threshold = None
-        state = self.importance
+        state, bound_to = self.importance, self.model
         # After the end without a ranking at the end: that step was skipped, so it is caught up with now.
         rank = plan.rank or (plan.reapply and not state.settled)
+        if model is not self.model:
+            self.bind(model)
+        try:
+            if rank:
+                self._check_trainable()
+            finite = self._update() if plan.update else None
+        except ValueError:
+            if bound_to is not self.model:
+                self.bind(bound_to)
+            raise
+        self.global_step = global_step
+        threshold = None
         if rank and state.updates > 0:
             threshold = mask_to_budget(
                 state.scores, self._singular_values(), plan.budget, state.live, finite, backend=self.backend
@@ -209,6 +220,18 @@ class RankAllocator:
         state.updates += 1
         return finite
 
+    def _check_trainable(self) -> None:
+        """A layer frozen since would score lowest for want of gradients, and lose what it has learnt."""
+        trains = [E.requires_grad for E in self._singular_values()]
+        if all(trains) or not any(trains):
+            return
+        for triplet, train in zip(self.triplets, trains, strict=True):
+            if not train:
+                raise ValueError(
+                    f"model: expected every adapted layer to train, but {triplet.parameter_names[1]} is frozen and "
+                    "would be pruned; unfreeze it, or make a new RankAllocator, which leaves it out"
+                )
+
     def _singular_values(self) -> list[Tensor]:
         return [registry[key] for registry, key in (t.slots[1] for t in self.triplets)]
 
@@ -240,10 +263,13 @@ class RankAllocator:
         """Continue from ``state_dict()``.
 
         Raises:
-            ValueError: it is of another variant or of layers with other shapes; nothing changes.
+            ValueError: it is incomplete or corrupt, of another variant or of layers with other shapes; nothing changes.
         """
+        check_keys(state, ("variant", "global_step"))
         if state["variant"] != self.variant:
             raise ValueError(f"state: expected variant {self.variant!r}, got {state['variant']!r}")
+        if type(state["global_step"]) is not int:
+            raise ValueError(f"state['global_step']: expected an integer, got {state['global_step']!r}")
         self.importance.load_state_dict(state)
         self.global_step = state["global_step"]
 

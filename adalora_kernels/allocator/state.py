@@ -79,11 +79,20 @@ class ImportanceState:
         """Continue from ``state_dict()``.
 
         Raises:
-            ValueError: the state is of layers with other shapes; nothing changes.
+            ValueError: the state is incomplete or corrupt, or of layers with other shapes; nothing changes.
         """
-        shapes = [list(shape) for shape in self.layout.shapes]
-        if state["shapes"] != shapes:
+        check_keys(state, ("shapes", "average", "uncertainty", "scores", "live", "updates", "settled"))
+        if state["shapes"] != [list(shape) for shape in self.layout.shapes]:
             raise ValueError("state: expected the layers that this allocator was made for, got other shapes")
+        elements, rank = self.layout.total_elements, self.layout.total_rank
+        for name, size in (("average", elements), ("uncertainty", elements), ("scores", rank), ("live", rank)):
+            value = state[name]
+            if not isinstance(value, Tensor) or value.shape != (size,):
+                raise ValueError(f"state[{name!r}]: expected a tensor of {size} elements, got {value!r:.80}")
+            if value.is_floating_point() == (name == "live") or not bool(torch.isfinite(value).all()):
+                raise ValueError(f"state[{name!r}]: expected {'booleans' if name == 'live' else 'finite numbers'}")
+        if type(state["updates"]) is not int or type(state["settled"]) is not bool:
+            raise ValueError("state['updates'], state['settled']: expected an integer and a boolean")
         self.set_current(state["average"], state["uncertainty"])
         self.scores.copy_(state["scores"])
         self.live.copy_(state["live"])
@@ -91,4 +100,15 @@ class ImportanceState:
         self.settled = state["settled"]
 
 
-__all__ = ["ImportanceState"]
+def check_keys(state: Any, names: tuple[str, ...]) -> None:
+    """Hold a checkpoint to the entries that it must have.
+
+    Raises:
+        ValueError: it is no dictionary, or lacks one of them.
+    """
+    missing = [name for name in names if not isinstance(state, dict) or name not in state]
+    if missing:
+        raise ValueError(f"state: expected what state_dict() returned, found no {', '.join(missing)}")
+
+
+__all__ = ["ImportanceState", "check_keys"]

@@ -25,7 +25,7 @@ def fits(lora_A: Tensor, lora_E: Tensor, lora_B: Tensor, *rows: Tensor) -> bool:
         # Rows that overlap, as broadcast ones do, are no place to add to.
         if t.dtype is not torch.float32 or t.stride(1) != 1 or t.stride(0) < t.shape[1]:
             return False
-    return 0 < lora_A.shape[0] <= MAX_RANK
+    return 0 < lora_A.shape[0] <= MAX_RANK and lora_A.shape[1] > 0 and lora_B.shape[0] > 0
 
 
 def forward(

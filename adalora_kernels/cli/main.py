@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from adalora_kernels import __version__
-from adalora_kernels.backends.select import Backend
+from adalora_kernels.backends.select import ENVIRONMENT_VARIABLE, Backend, parse
 from adalora_kernels.cli.extras import require_extra
 
 _MODULES = {
@@ -32,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status, 0 where all went well.
     """
     arguments = _parser().parse_args(argv)
+    try:
+        parse(os.environ.get(ENVIRONMENT_VARIABLE) or None)
+    except ValueError as error:
+        raise SystemExit(f"adalora-kernels: {ENVIRONMENT_VARIABLE}: {error}") from None
     if arguments.command == "demo":
         require_extra("demo", "demo", ("peft", "matplotlib"))
     status: int = import_module(_MODULES[arguments.command]).main(arguments)
@@ -59,7 +64,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _steps(text: str) -> int:
-    steps = int(text)
+    try:
+        steps = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
     if steps < _LEAST_STEPS:
         raise argparse.ArgumentTypeError(f"expected at least {_LEAST_STEPS} steps, got {steps}")
     return steps
@@ -70,6 +78,8 @@ def _device(text: str) -> str:
         device = torch.device(text)
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError("this machine has no GPU that PyTorch can use")
     return text

@@ -125,7 +125,8 @@ class FusedAdaLoraModel(AdaLoraModel):
         # With a token count, transformers' Trainer takes this loss as a share of the step's and doesn't divide it.
         if kwargs.get("num_items_in_batch") is not None and not self._starts_a_step():
             return outputs
-        self.fused_state.term_due = False
+        if torch.is_grad_enabled():
+            self.fused_state.term_due = False
         loss = loss + self.orthogonality_loss().to(device=loss.device, dtype=loss.dtype)
         if isinstance(outputs, tuple):
             return outputs._replace(loss=loss)  # type: ignore[attr-defined]

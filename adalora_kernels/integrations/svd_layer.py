@@ -52,6 +52,9 @@ class FusedSVDLinear(SVDLinear):
             # What our kernels can't read (DTensors, FakeTensors, meta tensors, foreign dropouts) is left to PEFT.
             return super().forward(x, *args, **kwargs)
         base = modules["base_layer"]
+        if base is not None and (base._forward_hooks or _has_any_global_hook()):
+            # A hook may keep the base's output, and PEFT's own addition into it is one that autograd follows.
+            return super().forward(x, *args, **kwargs)
         weight = None
         if not args and not kwargs and base_obstacle(base) is None:
             weight = _readable_weight(base, x)
@@ -79,6 +82,8 @@ class FusedSVDLinear(SVDLinear):
         if not active or self.disable_adapters or self.merged_adapters:
             return "torch", "base", "adapters are merged" if self.merged_adapters else "no adapter is active"
         base, lora_A = self.get_base_layer(), self.lora_A[active[0]]
+        if self._modules["base_layer"]._forward_hooks or _has_any_global_hook():
+            return "none", "PEFT's own", "the base has forward hooks, which may keep its output"
         obstacle = base_obstacle(self._modules["base_layer"])
         selection = select_layer(lora_A if obstacle else base.weight, lora_A, self.fused_backend)
         if obstacle is None:

@@ -28,7 +28,7 @@ def check_layer(
     floating = (("x", x), ("weight", weight), ("bias", bias), ("base_output", base),
                 ("lora_A", lora_A), ("lora_E", lora_E), ("lora_B", lora_B))  # fmt: skip
     for name, tensor in floating:
-        if tensor is None:
+        if tensor is None and name in ("weight", "bias", "base_output"):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -47,6 +47,8 @@ def check_layer(
     n = lora_B.shape[0]
     _check_rank_vector("lora_E", lora_E, r)
     if mask is not None:
+        if not isinstance(mask, Tensor) or mask.is_complex():
+            raise TypeError(f"mask: expected a tensor of real numbers or booleans, got {mask!r:.60}")
         if mask.device != x.device:
             raise ValueError(f"mask: expected on {x.device}, the device of x, got {mask.device}")
         _check_rank_vector("mask", mask, r)
@@ -56,6 +58,8 @@ def check_layer(
         raise ValueError(f"bias: expected [{n}], got {list(bias.shape)}")
     if base is not None and base.shape != (*x.shape[:-1], n):
         raise ValueError(f"base_output: expected {[*x.shape[:-1], n]}, got {list(base.shape)}")
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 

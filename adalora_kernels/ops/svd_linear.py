@@ -63,6 +63,8 @@ def svd_linear(
         ValueError: a shape, device or probability does not fit; the message names the argument.
         RuntimeError: the backend asked for can't run.
     """
+    if weight is None:
+        raise TypeError("weight: expected a tensor, got NoneType; svd_linear_into takes a base's output instead")
     return _call(x, weight, bias, None, lora_A, lora_E, lora_B, mask, scaling, dropout_p if training else 0.0, backend)
 
 
@@ -178,11 +180,12 @@ def _forward(
     """Launch with tokens flattened; ``base`` is added to in place."""
     launch, _ = _launchers(backend)
     n = lora_B.shape[0]
-    base_2d = None if base is None else base.reshape(-1, n)
+    tokens = math.prod(x.shape[:-1])  # not -1, which K = 0 or N = 0 would leave open
+    base_2d = None if base is None else base.reshape(tokens, n)
     with _autocast_off(x):
         y, u = launch(
-            x.reshape(-1, x.shape[-1]), weight, bias, base_2d, lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p,
-            compute_dtype,
+            x.reshape(tokens, x.shape[-1]), weight, bias, base_2d, lora_A, lora_E, lora_B, mask, seed, scaling,
+            dropout_p, compute_dtype,
         )  # fmt: skip
     if base is None and x.dim() == 2:
         return y, u
@@ -210,8 +213,9 @@ def _backward(
     """Gradients of x, weight, bias, A, E, B, each None where ``needs`` doesn't ask for it."""
     need_x, need_weight, need_bias, *need_adapter = needs
     _, launch = _launchers(backend)
-    g = grad_y.reshape(-1, grad_y.shape[-1])
-    x_2d = x.reshape(-1, x.shape[-1])
+    tokens = math.prod(x.shape[:-1])
+    g = grad_y.reshape(tokens, grad_y.shape[-1])
+    x_2d = x.reshape(tokens, x.shape[-1])
     dw = db = None
     with _autocast_off(x):
         dx, da, de, db_lora = launch(

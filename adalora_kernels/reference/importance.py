@@ -87,7 +87,8 @@ def importance_update(
     """One step of the averages of all layers, without a host sync.
 
     The averages live in a ping-pong pair: the update reads ``state[half]`` and writes ``state[1 - half]``; only if
-    every gradient was finite are ``half`` flipped and ``scores`` replaced. An overflow step therefore leaves no trace.
+    every new s = Ī Ū is finite are ``half`` flipped and ``scores`` replaced. A step with a gradient that is not finite,
+    or so large that its importance overflows, therefore leaves no trace.
 
     Args:
         layout: where everything lies.
@@ -99,7 +100,7 @@ def importance_update(
         beta1, beta2: the two smoothing factors, in (0, 1).
 
     Returns:
-        bool [1]: whether every gradient was finite, that is, whether the update was taken.
+        bool [1]: whether everything was finite, that is, whether the update was taken.
 
     Raises:
         ValueError: a parameter, gradient, or the state does not fit the layout. Nothing changes.
@@ -117,7 +118,7 @@ def importance_update(
         sensitivity = (param.detach().reshape(-1).to(state.dtype) * g).abs()
         average.mul_(beta1).add_(sensitivity, alpha=1 - beta1)
         uncertainty.mul_(beta2).add_((sensitivity - average).abs(), alpha=1 - beta2)
-        finite &= torch.isfinite(g).all()
+        finite &= torch.isfinite(average * uncertainty).all()
     state.index_copy_(0, 1 - current, new.unsqueeze(0))
     scores.copy_(torch.where(finite, triplet_scores(layout, new[0], new[1]), scores))
     half.copy_(torch.where(finite, 1 - half, half))

@@ -2,7 +2,7 @@
 //     S_i = s(E_i) + mean_k s(A_ik) + mean_j s(B_ji)
 // One launch reads θ, g, Ī, Ū of the whole model and writes the other half of Ī, Ū: 24 bytes an element in fp32. Its
 // addresses are kernel arguments, since gradients move from step to step. A second, small launch adds up the partial
-// sums and, if every gradient was finite, commits the scores and flips the half on the device.
+// sums and, if every s was finite, commits the scores and flips the half on the device.
 // Sums have a fixed order and there are no atomics: bitwise repeatable. No host sync.
 // This has been compiled, but has not run on a GPU yet.
 #include "common/half.h"
@@ -46,13 +46,13 @@ struct Part {
     new_uncertainty = fresh + update.elements;
   }
 
-  // Updates one element and returns its s; clears `finite` where its gradient isn't.
+  // Updates one element and returns its s; clears `finite` where that isn't.
   __device__ __forceinline__ T step(int64_t i, const Smoothing<T>& smoothing, bool& finite) const {
     T a = average[i], u = uncertainty[i], s = a * u;
     if (grad != nullptr) {
       const T g = read<T>(grad, grad_dtype, i);
-      finite &= isfinite(g);
       s = update_element(read<T>(param, param_dtype, i), g, a, u, smoothing);
+      finite &= isfinite(s);
     }
     new_average[i] = a;
     new_uncertainty[i] = u;

@@ -199,7 +199,8 @@ class TestEdges:
     @pytest.mark.parametrize(
         ("name", "value"),
         (("beta1", 0.0), ("beta2", 1.0), ("lora_r", -1), ("target_rank", -1), ("init_warmup", -1),
-         ("final_warmup", -2), ("mask_interval", 0), ("total_step", 75), ("variant", "papper")),
+         ("final_warmup", -2), ("tb_writter_loginterval", 0), ("mask_interval", 0), ("total_step", 75),
+         ("variant", "papper")),
     )  # fmt: skip
     def test_bad_settings(self, name: str, value: Any) -> None:
         with pytest.raises(ValueError, match=f"^{name}: expected"):
@@ -219,6 +220,39 @@ class TestEdges:
         model, allocator = trained(1)
         with pytest.raises(ValueError, match=r"^step: expected at least 0"):
             allocator.update_and_mask(model, -1)
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_gradient_whose_importance_overflows_leaves_no_trace(self, backend: str) -> None:
+        model, allocator = trained(31, backend=backend)
+        loss_of(model, 31, torch.float32).backward()
+        model[0].lora_A.grad[0] = 3e38
+        before = snapshot(model, allocator)
+        allocator.update_and_mask(model, 35)
+        assert_unchanged(before, model, allocator)
+
+    def test_layer_frozen_in_mid_training_is_not_pruned_in_silence(self) -> None:
+        model, allocator = trained(31)
+        model.zero_grad()
+        model[2].requires_grad_(False)
+        loss_of(model, 31, torch.float32).backward()
+        before = snapshot(model, allocator)
+        with pytest.raises(ValueError, match=r"^model: expected every adapted layer to train, but 2\.lora_E is frozen"):
+            allocator.update_and_mask(model, 35)
+        assert_unchanged(before, model, allocator)
+        assert [t.name for t in RankAllocator(model, **SETTINGS, total_step=200).triplets] == ["0", "4", "6"]
+
+    def test_failed_update_of_another_model_leaves_the_first_bound(self) -> None:
+        model, allocator = trained(3)
+        other = copy.deepcopy(model)
+        other.zero_grad()
+        for step in (-1, 3):
+            with pytest.raises(ValueError, match=r"^(step|model): expected"):
+                allocator.update_and_mask(other, step)
+            assert allocator.model is model and allocator.triplets[0].lora_A is model[0].lora_A
+
+    def test_backend_that_cannot_run_is_refused_at_once(self) -> None:
+        with pytest.raises(RuntimeError, match="triton has no importance"):
+            RankAllocator(network(), **SETTINGS, backend="triton")
 
     def test_layer_of_rank_zero(self) -> None:
         model = nn.Sequential(SVDLinear(8, 6, r=4), nn.Tanh(), SVDLinear(6, 3, r=0))
@@ -301,6 +335,41 @@ def test_state_of_other_layers_is_refused() -> None:
     peft = RankAllocator(allocator.model, **SETTINGS, variant="peft")
     with pytest.raises(ValueError, match=r"^state: expected variant 'peft', got 'original'"):
         peft.load_state_dict(allocator.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    (
+        ("live", torch.tensor([False])),
+        ("live", torch.full((25,), torch.nan)),
+        ("scores", torch.zeros(3)),
+        ("uncertainty", torch.zeros(3)),
+        ("average", None),
+        ("average", "nan"),
+        ("updates", "x"),
+        ("settled", 1),
+        ("global_step", None),
+        ("shapes", []),
+        ("live", "missing"),
+        ("variant", "missing"),
+    ),
+)
+def test_corrupt_state_changes_nothing(name: str, value: Any) -> None:
+    model, allocator = trained(31)
+    state = allocator.state_dict()
+    if value == "missing":
+        del state[name]
+    elif value == "nan":
+        state[name][3] = torch.nan
+    else:
+        state[name] = value
+    before, step = snapshot(model, allocator), allocator.global_step
+    with pytest.raises(ValueError, match=r"^state"):
+        allocator.load_state_dict(state)
+    assert_unchanged(before, model, allocator)
+    assert allocator.global_step == step
+    with pytest.raises(ValueError, match=r"^state: expected what state_dict\(\) returned"):
+        allocator.load_state_dict({})
 
 
 def test_tensorboard_scalars_have_the_original_names() -> None:

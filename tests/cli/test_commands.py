@@ -87,7 +87,7 @@ def test_backend_that_cannot_run_is_refused_before_any_work(tmp_path: Path) -> N
     ("arguments", "message"),
     [
         (["demo", "--steps", "5"], "expected at least 6 steps, got 5"),
-        (["demo", "--steps", "many"], "invalid"),
+        (["demo", "--steps", "many"], "expected a number, got 'many'"),
         (["demo", "--backend", "cuda"], "invalid choice: 'cuda'"),
         (["demo", "--device", "abacus"], "abacus"),
         ([], "COMMAND"),
@@ -99,3 +99,9 @@ def test_bad_arguments_are_refused(arguments: list[str], message: str, capsys: p
         main.main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_unknown_backend_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADALORA_KERNELS_BACKEND", "foo")
+    with pytest.raises(SystemExit, match=r"ADALORA_KERNELS_BACKEND: backend: expected one of .*got 'foo'"):
+        main.main(["env"])

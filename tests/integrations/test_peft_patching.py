@@ -262,3 +262,27 @@ def test_ranknum_is_frozen_while_patched_and_read_once() -> None:
     assert layer._rank_constant("default") == 8.0
     unpatch_model(model)
     assert layer.ranknum["default"].requires_grad
+
+
+def test_output_that_a_hook_keeps_is_followed_by_autograd() -> None:
+    """PEFT adds into the base's output; who recorded it must get the gradients that PEFT gives."""
+    results = []
+    for model in twins(build("deberta")):
+        kept: list[Tensor] = []
+        layer = next(m for m in model.modules() if isinstance(m, SVDLinear))
+        handle = layer.base_layer.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output))
+        layer.base_layer.weight.requires_grad_(True)
+        model(**batch(model))
+        kept[0].square().sum().backward()
+        results.append(layer.lora_B["default"].grad)
+        handle.remove()
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_forward_without_gradient_does_not_use_up_the_term() -> None:
+    model = patch_model(build("deberta"))
+    tuner = model.base_model
+    tuner.fused_state.term_due = True
+    with torch.no_grad():
+        model(**batch(model))
+    assert tuner.fused_state.term_due

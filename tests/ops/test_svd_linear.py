@@ -100,6 +100,17 @@ def test_gradcheck(backend: str, use_mask: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize(("k", "n"), ((0, 5), (5, 0)))
+def test_no_features(backend: str, k: int, n: int) -> None:
+    x, w = torch.randn(2, 3, k, requires_grad=True), torch.randn(n, k)
+    a, e, b = torch.randn(2, k), torch.randn(2, 1), torch.randn(n, 2)
+    y = svd_linear(x, w, a, e, b, backend=backend)
+    assert y.shape == (2, 3, n) and not y.any()
+    (grad,) = torch.autograd.grad(y.sum(), [x])
+    assert grad.shape == x.shape and not grad.any()
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_gradient_of_lambda_at_the_start(backend: str) -> None:
     """Λ is 0 at initialisation: its gradient must be there all the same, and A and B get none."""
     i = layer_inputs(20, 33, 17, 8, torch.float64)
@@ -384,6 +395,11 @@ class TestBadInput:
             ("lora_B", torch.randn(7, 3, device="meta"), ValueError),
             ("mask", torch.ones(4), ValueError),
             ("mask", torch.ones(3, device="meta"), ValueError),
+            ("mask", [1, 1, 1], TypeError),
+            ("mask", torch.ones(3, dtype=torch.complex64), TypeError),
+            ("weight", None, TypeError),
+            ("lora_A", None, TypeError),
+            ("dropout_p", "a", TypeError),
             ("dropout_p", 1.5, ValueError),
             ("dropout_p", float("nan"), ValueError),
         ),

@@ -26,10 +26,11 @@ bool update(const T* __restrict param, const T* __restrict grad, const T* __rest
   auto largest = magnitude_bits(T{});
   for (int64_t i = 0; i < count; ++i) {
     T a = average[i], u = uncertainty[i];
-    sums[i] += update_element(param[i], grad[i], a, u, factors);
+    const T s = update_element(param[i], grad[i], a, u, factors);
+    sums[i] += s;
     new_average[i] = a;
     new_uncertainty[i] = u;
-    const auto bits = magnitude_bits(grad[i]);
+    const auto bits = magnitude_bits(s);
     largest = bits > largest ? bits : largest;
   }
   return largest < infinity_bits(T{});

@@ -24,7 +24,7 @@ struct Run {
 };
 
 struct ImportanceKernels {
-  // Both return whether every gradient of the run is finite.
+  // Both return whether every s of the run is finite, which takes finite gradients.
   bool (*run_float)(const Run<float>&, const Smoothing<float>&);
   bool (*run_double)(const Run<double>&, const Smoothing<double>&);
 };
