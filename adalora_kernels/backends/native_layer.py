@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adalora_kernels.backends import native_lowrank
-from adalora_kernels.reference.svd_linear import singular_values
+from adalora_kernels.reference.svd_linear import Adapter, singular_values
 
 
 def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -36,16 +36,10 @@ def svd_linear_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     base: Tensor | None,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    compute_dtype: torch.dtype,
+    adapter: Adapter,
 ) -> tuple[Tensor, Tensor]:
     """As ``reference.svd_linear.forward``."""
+    lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, compute_dtype = adapter
     xc = x.to(compute_dtype)
     if base is None:
         assert weight is not None
@@ -68,21 +62,15 @@ def svd_linear_backward(
     x: Tensor,
     u: Tensor,
     weight: Tensor | None,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    compute_dtype: torch.dtype,
+    adapter: Adapter,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As ``reference.svd_linear.backward``."""
+    lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, compute_dtype = adapter
     need_x, need_A, need_E, need_B = needs
     g = grad_y.to(compute_dtype)
     if native_lowrank.fits(lora_A, lora_E, lora_B, g, x) and u.is_contiguous():
-        return _fused_backward(g, x, u, weight, lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, needs)
+        return _fused_backward(g, x, u, weight, adapter, needs)
     lam = singular_values(lora_E, mask, scaling)
     dx = dA = dE = dB = None
     if need_x or need_A:
@@ -108,15 +96,10 @@ def _fused_backward(
     x: Tensor,
     u: Tensor,
     weight: Tensor | None,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
+    adapter: Adapter,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, _ = adapter
     need_x, need_A, need_E, need_B = needs
     frozen = g @ weight.to(g.dtype) if need_x and weight is not None else None
     adds = frozen is not None and seed is None

@@ -9,7 +9,6 @@ calls the launcher directly (8 µs of host time; through the dispatcher it would
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from adalora_kernels.backends.select import Backend, Selection, implementation, select
 from adalora_kernels.ops.checks import check_layer
+from adalora_kernels.reference.svd_linear import Adapter
 
 _SEED_RANGE = 2**63 - 1
 
@@ -129,14 +129,14 @@ def _call(
     if dropout_p > 0 and lora_A.shape[0] > 0:
         # A tensor, so that no host sync is needed, a CUDA graph can replay it, and checkpointing regenerates it.
         seed = torch.randint(_SEED_RANGE, (1,), dtype=torch.int64, device=x.device)
-    args = (x, weight, bias, base, lora_A, lora_E, lora_B, mask, seed, float(scaling), dropout_p, dtype)
+    adapter = Adapter(lora_A, lora_E, lora_B, mask, seed, float(scaling), dropout_p, dtype)
     if torch.compiler.is_compiling():
         # Names only: the op chooses when it runs, where the compiler doesn't trace.
         name = backend.value if isinstance(backend, Backend) else backend or "auto"
-        y, _ = torch.ops.adalora.svd_linear_forward(*args, name)
+        y, _ = torch.ops.adalora.svd_linear_forward(x, weight, bias, base, *adapter, name)
     else:
         chosen = select("svd_linear", x.device.type, dtype, lora_A.shape[0], backend).backend
-        y, _ = _SVDLinear.apply(*args, chosen)
+        y, _ = _SVDLinear.apply(x, weight, bias, base, *adapter, chosen)
     return y
 
 
@@ -167,26 +167,16 @@ def _forward(
     weight: Tensor | None,
     bias: Tensor | None,
     base: Tensor | None,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    compute_dtype: torch.dtype,
+    adapter: Adapter,
     backend: Backend,
 ) -> tuple[Tensor, Tensor]:
     """Launch with tokens flattened; ``base`` is added to in place."""
     launch, _ = _launchers(backend)
-    n = lora_B.shape[0]
+    n = adapter.lora_B.shape[0]
     tokens = math.prod(x.shape[:-1])  # not -1, which K = 0 or N = 0 would leave open
     base_2d = None if base is None else base.reshape(tokens, n)
     with _autocast_off(x):
-        y, u = launch(
-            x.reshape(tokens, x.shape[-1]), weight, bias, base_2d, lora_A, lora_E, lora_B, mask, seed, scaling,
-            dropout_p, compute_dtype,
-        )  # fmt: skip
+        y, u = launch(x.reshape(tokens, x.shape[-1]), weight, bias, base_2d, adapter)
     if base is None and x.dim() == 2:
         return y, u
     # Not .view(): what a Function returns must not be a view, or users could no longer add to it in place.
@@ -199,14 +189,7 @@ def _backward(
     u: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    compute_dtype: torch.dtype,
+    adapter: Adapter,
     needs: list[bool],
     backend: Backend,
 ) -> tuple[Tensor | None, ...]:
@@ -218,28 +201,25 @@ def _backward(
     x_2d = x.reshape(tokens, x.shape[-1])
     dw = db = None
     with _autocast_off(x):
-        dx, da, de, db_lora = launch(
-            g, x_2d, u, weight, lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, compute_dtype,
-            (need_x, *need_adapter),
-        )  # fmt: skip
+        dx, dA, dE, dB = launch(g, x_2d, u, weight, adapter, (need_x, *need_adapter))
         if need_weight and weight is not None:
-            dw = (g.to(compute_dtype).t() @ x_2d.to(compute_dtype)).to(weight.dtype)
+            dw = (g.to(adapter.compute_dtype).t() @ x_2d.to(adapter.compute_dtype)).to(weight.dtype)
         if need_bias and bias is not None:
             db = g.sum(0).to(bias.dtype)
-    return None if dx is None else dx.view(x.shape), dw, db, da, de, db_lora
+    return None if dx is None else dx.view(x.shape), dw, db, dA, dE, dB
 
 
 class _SVDLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        inputs, base = args, args[3]
+        x, weight, bias, base, *branch, backend = args
         if base is not None:
             # An alias that autograd doesn't follow: added to directly, a view would be copied five times. It shares
             # the version counter, so a base that saved its output for its own backward is still told.
-            args = (*args[:3], _addable(base, args[0]), *args[4:])
+            base = _addable(base, x)
+        output = _forward(x, weight, bias, base, Adapter._make(branch), backend)
         # Called from here: as a method of its own torch would inspect this signature at each call, 18 µs.
-        output = _forward(*args)
-        _setup_context(ctx, inputs, output)
+        _setup_context(ctx, args, output)
         return output
 
     @staticmethod
@@ -260,29 +240,13 @@ def _gradients(ctx: Any, grad_y: Tensor | None, run: Any) -> tuple[Tensor | None
     """The gradient of each forward argument; ``run`` is ``_backward`` or the op that holds it."""
     if grad_y is None:
         return (None,) * 13
-    x, u, weight, bias, lora_A, lora_E, lora_B, mask, seed = ctx.saved_tensors
-    scaling, dropout_p, compute_dtype, backend = ctx.arguments
+    x, u, weight, bias, *tensors = ctx.saved_tensors
+    *numbers, backend = ctx.arguments
     need = ctx.needs_input_grad
     needs = [need[i] for i in (0, 1, 2, 4, 5, 6)]
-    dx, dw, db, da, de, db_lora = run(
-        grad_y,
-        x,
-        u,
-        weight,
-        bias,
-        lora_A,
-        lora_E,
-        lora_B,
-        mask,
-        seed,
-        scaling,
-        dropout_p,
-        compute_dtype,
-        needs,
-        backend,
-    )
+    dx, dw, db, dA, dE, dB = run(grad_y, x, u, weight, bias, Adapter(*tensors, *numbers), needs, backend)
     base_grad = grad_y if need[3] else None
-    return (dx, dw, db, base_grad, da, de, db_lora, None, None, None, None, None, None)
+    return (dx, dw, db, base_grad, dA, dE, dB, None, None, None, None, None, None)
 
 
 def _addable(base: Tensor, x: Tensor) -> Tensor:
@@ -312,40 +276,35 @@ _LIBRARY.define(
 )
 
 
-def _resolve(x: Tensor, lora_A: Tensor, compute_dtype: torch.dtype, backend: str) -> Backend:
+def _resolve(x: Tensor, adapter: Adapter, backend: str) -> Backend:
     # int(): a rank is a constant of its layer, and the choice may depend on it.
-    return select("svd_linear", x.device.type, compute_dtype, int(lora_A.shape[0]), backend).backend
+    return select("svd_linear", x.device.type, adapter.compute_dtype, int(adapter.lora_A.shape[0]), backend).backend
 
 
-def _forward_op(x: Tensor, weight: Any, bias: Any, base: Tensor | None, lora_A: Tensor, *rest: Any) -> Any:
-    *arguments, compute_dtype, backend = rest
+def _forward_op(x: Tensor, weight: Any, bias: Any, base: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    adapter, backend = Adapter(*rest[:-1]), rest[-1]
     base = None if base is None else base.clone(memory_format=torch.contiguous_format)
-    chosen = _resolve(x, lora_A, compute_dtype, backend)
-    lora_E, lora_B, mask, seed, scaling, dropout_p = arguments
-    return _forward(
-        x, weight, bias, base, lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, compute_dtype, chosen
-    )
+    return _forward(x, weight, bias, base, adapter, _resolve(x, adapter, backend))
 
 
-def _forward_fake(x: Tensor, weight: Any, bias: Any, base: Tensor | None, lora_A: Tensor, *rest: Any) -> Any:
-    lora_B, compute_dtype, backend = rest[1], rest[-2], rest[-1]
-    y = x.new_empty((*x.shape[:-1], lora_B.shape[0]), dtype=compute_dtype if base is None else base.dtype)
-    columns = _u_columns(lora_A.shape[0], _resolve(x, lora_A, compute_dtype, backend))
-    return y, x.new_empty((math.prod(x.shape[:-1]), columns), dtype=compute_dtype)
+def _forward_fake(x: Tensor, weight: Any, bias: Any, base: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    adapter, backend = Adapter(*rest[:-1]), rest[-1]
+    dtype, rank = adapter.compute_dtype, adapter.lora_A.shape[0]
+    y = x.new_empty((*x.shape[:-1], adapter.lora_B.shape[0]), dtype=dtype if base is None else base.dtype)
+    columns = _u_columns(rank, _resolve(x, adapter, backend))
+    return y, x.new_empty((math.prod(x.shape[:-1]), columns), dtype=dtype)
 
 
-def _backward_op(*args: Any) -> tuple[Tensor, ...]:
+def _backward_op(grad_y: Tensor, x: Tensor, u: Tensor, weight: Any, bias: Any, *rest: Any) -> tuple[Tensor, ...]:
     """A schema can't return an optional tensor: what was not asked for is an empty one."""
-    *arguments, compute_dtype, needs, backend = args
-    chosen = _resolve(args[1], args[5], compute_dtype, backend)
-    run: Callable[..., tuple[Tensor | None, ...]] = _backward
-    grads = run(*arguments, compute_dtype, needs, chosen)
-    return tuple(args[0].new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+    adapter, needs, backend = Adapter(*rest[:-2]), *rest[-2:]
+    grads = _backward(grad_y, x, u, weight, bias, adapter, needs, _resolve(x, adapter, backend))
+    return tuple(grad_y.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
 def _backward_fake(grad_y: Tensor, x: Tensor, u: Tensor, weight: Any, bias: Any, *rest: Any) -> tuple[Tensor, ...]:
-    needs = rest[-2]
-    owners = (x, weight, bias, *rest[:3])
+    adapter, needs = Adapter(*rest[:-2]), rest[-2]
+    owners = (x, weight, bias, adapter.lora_A, adapter.lora_E, adapter.lora_B)
     return tuple(
         owner.new_empty(owner.shape) if need and owner is not None else grad_y.new_empty(0)
         for owner, need in zip(owners, needs, strict=True)
@@ -353,8 +312,8 @@ def _backward_fake(grad_y: Tensor, x: Tensor, u: Tensor, weight: Any, bias: Any,
 
 
 def _backward_registered(*args: Any) -> tuple[Tensor | None, ...]:
-    needs = args[-2]
-    grads = torch.ops.adalora.svd_linear_backward(*args)
+    *tensors, adapter, needs, backend = args
+    grads = torch.ops.adalora.svd_linear_backward(*tensors, *adapter, needs, backend)
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 

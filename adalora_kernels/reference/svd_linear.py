@@ -6,11 +6,35 @@ serves dB and dE, also where Λ is zero.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from adalora_kernels.reference import philox
+
+
+class Adapter(NamedTuple):
+    """The low-rank branch of one call of the layer.
+
+    Attributes:
+        lora_A, lora_E, lora_B: [R, K], [R, 1] or [R], [N, R] in any floating dtype.
+        mask: [R] or [R, 1], any dtype that converts to a number, or None.
+        seed: int64 [1], the dropout seed; None where nothing is dropped.
+        scaling: c, the factor of the whole increment.
+        dropout_p: probability that an element of x is dropped before A.
+        compute_dtype: dtype of the products and of the result.
+    """
+
+    lora_A: Tensor
+    lora_E: Tensor
+    lora_B: Tensor
+    mask: Tensor | None
+    seed: Tensor | None
+    scaling: float
+    dropout_p: float
+    compute_dtype: torch.dtype
 
 
 def singular_values(lora_E: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -24,32 +48,21 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     base: Tensor | None,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    compute_dtype: torch.dtype,
+    adapter: Adapter,
 ) -> tuple[Tensor, Tensor]:
     """Output and raw low-rank product of one layer.
 
     Args:
-        x: [M, K], any strides; read as ``compute_dtype``.
+        x: [M, K], any strides; read as the adapter's ``compute_dtype``.
         weight: frozen W [N, K], any strides; None where ``base`` is given.
         bias: [N] or None; only with ``weight``.
         base: [M, N] output of a base that is not a plain weight. The increment is added into it in place.
-        lora_A, lora_E, lora_B: [R, K], [R, 1], [N, R] in any floating dtype.
-        mask: [R] or [R, 1], any dtype that converts to a number, or None.
-        seed: int64 [1], the dropout seed; None where ``dropout_p`` is 0.
-        scaling: c, the factor of the whole increment.
-        dropout_p: probability that an element of x is dropped before A.
-        compute_dtype: dtype of the products and of the result.
+        adapter: the low-rank branch.
 
     Returns:
         y [M, N] in ``compute_dtype`` (``base`` itself where that was given) and u [M, R] in ``compute_dtype``.
     """
+    lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, compute_dtype = adapter
     xc = x.to(compute_dtype)
     xd = xc if seed is None else philox.dropout(xc, dropout_p, seed)
     u = xd @ lora_A.to(compute_dtype).t()
@@ -67,14 +80,7 @@ def backward(
     x: Tensor,
     u: Tensor,
     weight: Tensor | None,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    compute_dtype: torch.dtype,
+    adapter: Adapter,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x and of the adapter, by the explicit formulas.
@@ -91,6 +97,7 @@ def backward(
     Returns:
         dx [M, K] in x's dtype, dA, dE, dB in their parameters' shapes and dtypes; None for what was not asked for.
     """
+    lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, compute_dtype = adapter
     need_x, need_A, need_E, need_B = needs
     g = grad_y.to(compute_dtype)
     lam = singular_values(lora_E, mask, scaling)
@@ -118,4 +125,4 @@ def backward(
     return dx, dA, dE, dB
 
 
-__all__ = ["backward", "forward", "singular_values"]
+__all__ = ["Adapter", "backward", "forward", "singular_values"]

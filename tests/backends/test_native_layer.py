@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adalora_kernels.backends import native, native_lowrank
 from adalora_kernels.reference import svd_linear as reference
+from adalora_kernels.reference.svd_linear import Adapter
 from adalora_kernels.testing.inputs import LayerInputs, layer_inputs
 from adalora_kernels.testing.tolerances import assert_within_budget
 
@@ -56,9 +57,9 @@ def run(
     forward = native.svd_linear_forward if ours else reference.forward
     backward = native.svd_linear_backward if ours else reference.backward
     weight, bias = (i.weight, i.bias) if base is None else (None, None)
-    shared = (i.lora_A, i.lora_E, i.lora_B, mask, seed, C, p, i.x.dtype)
-    y, u = forward(i.x, weight, bias, base, *shared)
-    return [y, u, *backward(i.grad_y, i.x, u, weight, *shared, needs)]
+    adapter = Adapter(i.lora_A, i.lora_E, i.lora_B, mask, seed, C, p, i.x.dtype)
+    y, u = forward(i.x, weight, bias, base, adapter)
+    return [y, u, *backward(i.grad_y, i.x, u, weight, adapter, needs)]
 
 
 def hold(draws: list[LayerInputs], mask: Tensor | None = None, seed: Tensor | None = None, p: float = 0.0) -> None:

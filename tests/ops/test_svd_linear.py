@@ -387,10 +387,10 @@ def test_reference_backward_is_autograd_of_its_forward() -> None:
     i = layer_inputs(7, 11, 5, 3, torch.float64)
     leaves = [t.requires_grad_() for t in (i.x, i.lora_A, i.lora_E, i.lora_B)]
     mask, seed = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1234567890123])
-    args = (mask, seed, 0.7, 0.3, torch.float64)
-    y, u = reference.svd_linear.forward(i.x, i.weight, i.bias, None, *leaves[1:], *args)
+    adapter = reference.svd_linear.Adapter(*leaves[1:], mask, seed, 0.7, 0.3, torch.float64)
+    y, u = reference.svd_linear.forward(i.x, i.weight, i.bias, None, adapter)
     want = torch.autograd.grad(y, leaves, i.grad_y)
     with torch.no_grad():
-        got = reference.svd_linear.backward(i.grad_y, i.x, u, i.weight, *leaves[1:], *args, (True,) * 4)
+        got = reference.svd_linear.backward(i.grad_y, i.x, u, i.weight, adapter, (True,) * 4)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)

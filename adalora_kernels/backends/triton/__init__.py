@@ -1,6 +1,7 @@
 """The Triton backend: kernels and their launchers for CUDA devices, and for CPU tensors under Triton's interpreter.
 
-Importing this module needs torch alone; without triton it has no launchers, and ``unavailable_reason`` says so.
+Importing this module needs torch alone. The kernels are imported when they are first launched, and where triton is not
+installed ``unavailable_reason`` says so.
 """
 
 from __future__ import annotations
@@ -8,13 +9,10 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from adalora_kernels.backends.triton.tiles import MAX_RANK, rank_padding
-
-if find_spec("triton") is not None:
-    # Not on first use: the launchers bear the names of their modules, and importing a module binds its name here.
-    from adalora_kernels.backends.triton.svd_linear_backward import svd_linear_backward
-    from adalora_kernels.backends.triton.svd_linear_forward import svd_linear_forward
+from adalora_kernels.reference.svd_linear import Adapter
 
 PLAN = "one_pass"
 _MIN_CAPABILITY = (8, 0)
@@ -36,6 +34,32 @@ def unavailable_reason(device_type: str) -> str | None:
     if capability < _MIN_CAPABILITY:
         return f"triton needs compute capability 8.0, this device has {capability[0]}.{capability[1]}"
     return None
+
+
+def svd_linear_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, adapter: Adapter
+) -> tuple[Tensor, Tensor]:
+    """As ``reference.svd_linear.forward``, with u [M, rank_padding(R)]: 0 in its columns past R."""
+    from adalora_kernels.backends.triton.forward import delta, one_pass
+
+    if weight is None:
+        assert base is not None
+        return delta.forward(x, None, None, base, adapter)
+    return one_pass.forward(x, weight, bias, None, adapter)
+
+
+def svd_linear_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    adapter: Adapter,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As ``reference.svd_linear.backward``, with the u of ``svd_linear_forward``."""
+    from adalora_kernels.backends.triton.backward import split
+
+    return split.backward(grad_y, x, u, weight, adapter, needs)
 
 
 def explain(rank: int, into_base: bool = False) -> str:

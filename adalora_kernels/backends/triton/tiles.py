@@ -66,21 +66,21 @@ class Configuration:
 # kernel, width -> largest rank -> tile. A dimension that the kernel does not block is 0.
 _Table = dict[tuple[str, Width], dict[int, Tile]]
 
-_SINGLE: _Table = {
+_COMMON: _Table = {
     # Products of fp32 run on the FMA units, whose operands lie in registers: the higher the rank, the smaller the tile.
-    ("forward", Width.SINGLE): {32: Tile(64, 64, 16, 8, 3), 64: Tile(32, 64, 16, 8, 3), 128: Tile(16, 64, 16, 8, 2)},
-    ("into", Width.SINGLE): {128: Tile(16, 64, 32, 8, 2)},
+    ("one_pass", Width.SINGLE): {32: Tile(64, 64, 16, 8, 3), 64: Tile(32, 64, 16, 8, 3), 128: Tile(16, 64, 16, 8, 2)},
+    ("delta", Width.SINGLE): {128: Tile(16, 64, 32, 8, 2)},
+    ("delta", Width.HALF): {128: Tile(64, 64, 64, 8, 2)},
+    ("delta", Width.MIXED): {128: Tile(64, 64, 64, 8, 2)},
     ("v", Width.SINGLE): {128: Tile(32, 32, 0, 8, 2)},
     ("t", Width.SINGLE): {128: Tile(32, 64, 0, 8, 2)},
     ("x", Width.SINGLE): {128: Tile(32, 0, 32, 8, 2)},
 }
 _TABLES: dict[Family, _Table] = {
-    Family.AMPERE: _SINGLE
+    Family.AMPERE: _COMMON
     | {
-        ("forward", Width.HALF): {64: Tile(128, 128, 32, 8, 3), 128: Tile(64, 128, 32, 8, 3)},
-        ("forward", Width.MIXED): {128: Tile(64, 64, 32, 8, 2)},
-        ("into", Width.HALF): {128: Tile(64, 128, 32, 8, 3)},
-        ("into", Width.MIXED): {128: Tile(64, 128, 32, 8, 2)},
+        ("one_pass", Width.HALF): {64: Tile(128, 128, 32, 8, 3), 128: Tile(64, 128, 32, 8, 3)},
+        ("one_pass", Width.MIXED): {128: Tile(64, 64, 32, 8, 2)},
         ("v", Width.HALF): {128: Tile(64, 64, 0, 8, 3)},
         ("v", Width.MIXED): {128: Tile(64, 64, 0, 8, 2)},
         ("t", Width.HALF): {128: Tile(64, 64, 0, 8, 3)},
@@ -88,16 +88,14 @@ _TABLES: dict[Family, _Table] = {
         ("x", Width.HALF): {64: Tile(64, 0, 64, 8, 3), 128: Tile(32, 0, 64, 8, 3)},
         ("x", Width.MIXED): {128: Tile(32, 0, 64, 8, 2)},
     },
-    Family.HOPPER: _SINGLE
+    Family.HOPPER: _COMMON
     | {
-        ("forward", Width.HALF): {
+        ("one_pass", Width.HALF): {
             32: Tile(128, 256, 64, 8, 3),
             64: Tile(128, 128, 64, 8, 3),
             128: Tile(128, 64, 64, 8, 3),
         },
-        ("forward", Width.MIXED): {128: Tile(128, 64, 32, 8, 3)},
-        ("into", Width.HALF): {128: Tile(64, 128, 64, 8, 3)},
-        ("into", Width.MIXED): {128: Tile(64, 128, 32, 8, 3)},
+        ("one_pass", Width.MIXED): {128: Tile(128, 64, 32, 8, 3)},
         ("v", Width.HALF): {32: Tile(64, 128, 0, 4, 3), 128: Tile(64, 64, 0, 8, 3)},
         ("v", Width.MIXED): {128: Tile(64, 64, 0, 8, 2)},
         ("t", Width.HALF): {32: Tile(64, 128, 0, 4, 3), 128: Tile(64, 64, 0, 8, 3)},
@@ -105,12 +103,10 @@ _TABLES: dict[Family, _Table] = {
         ("x", Width.HALF): {64: Tile(64, 0, 128, 8, 3), 128: Tile(64, 0, 64, 8, 3)},
         ("x", Width.MIXED): {128: Tile(64, 0, 64, 8, 2)},
     },
-    Family.BLACKWELL: _SINGLE
+    Family.BLACKWELL: _COMMON
     | {
-        ("forward", Width.HALF): {64: Tile(128, 256, 64, 8, 3), 128: Tile(128, 128, 64, 8, 3)},
-        ("forward", Width.MIXED): {128: Tile(128, 64, 32, 8, 3)},
-        ("into", Width.HALF): {128: Tile(128, 64, 64, 8, 2)},
-        ("into", Width.MIXED): {128: Tile(128, 64, 32, 8, 3)},
+        ("one_pass", Width.HALF): {64: Tile(128, 256, 64, 8, 3), 128: Tile(128, 128, 64, 8, 3)},
+        ("one_pass", Width.MIXED): {128: Tile(128, 64, 32, 8, 3)},
         ("v", Width.HALF): {32: Tile(64, 128, 0, 4, 3), 128: Tile(64, 64, 0, 8, 3)},
         ("v", Width.MIXED): {128: Tile(64, 64, 0, 8, 2)},
         ("t", Width.HALF): {32: Tile(64, 128, 0, 4, 3), 128: Tile(64, 64, 0, 8, 3)},
@@ -174,7 +170,7 @@ def choose(
     """The tile for one launch.
 
     Args:
-        kernel: "forward" (with a weight), "into" (a given base), "v", "t" or "x".
+        kernel: "one_pass", "delta", "v", "t" or "x".
         device: of the tensors.
         r: the rank.
         compute_dtype: dtype of the products.

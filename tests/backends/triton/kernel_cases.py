@@ -20,6 +20,7 @@ from torch import Tensor
 from adalora_kernels.backends.triton import rank_padding, svd_linear_backward, svd_linear_forward
 from adalora_kernels.backends.triton.dropout import dropout_arguments, keep_mask
 from adalora_kernels.reference import svd_linear as reference
+from adalora_kernels.reference.svd_linear import Adapter
 from adalora_kernels.testing.inputs import RANKS, LayerInputs, layer_inputs
 from adalora_kernels.testing.tolerances import assert_within_budget
 
@@ -57,22 +58,24 @@ class Case:
     def forward(self, function: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         i = self.inputs
         weight = (None, None, self.base.clone()) if self.base is not None else (i.weight, i.bias, None)
-        return function(i.x, *weight, i.lora_A, i.lora_E, i.lora_B, *self._options())
+        return function(i.x, *weight, self.adapter)
 
     def backward(
         self, function: Callable[..., tuple[Tensor | None, ...]], u: Tensor, needs: tuple[bool, ...] = ALL
     ) -> tuple[Tensor | None, ...]:
         i = self.inputs
         weight = None if self.base is not None else i.weight
-        return function(i.grad_y, i.x, u, weight, i.lora_A, i.lora_E, i.lora_B, *self._options(), needs)
+        return function(i.grad_y, i.x, u, weight, self.adapter, needs)
 
     def exact(self) -> Case:
         """The same call in fp64."""
         base = None if self.base is None else self.base.double()
         return replace(self, inputs=self.inputs.to(torch.float64), compute=torch.float64, base=base)
 
-    def _options(self) -> tuple[Tensor | None, Tensor | None, float, float, torch.dtype]:
-        return self.mask, self.seed, self.scaling, self.dropout_p, self.compute
+    @property
+    def adapter(self) -> Adapter:
+        i = self.inputs
+        return Adapter(i.lora_A, i.lora_E, i.lora_B, self.mask, self.seed, self.scaling, self.dropout_p, self.compute)
 
 
 def make_case(
@@ -137,8 +140,7 @@ def test_into_a_base_in_place() -> None:
     case.base = base.clone(memory_format=torch.preserve_format)
     exact, _ = case.exact().forward(reference.forward)
     same, _ = case.forward(reference.forward)
-    i = case.inputs
-    y, _ = svd_linear_forward(i.x, None, None, base, i.lora_A, i.lora_E, i.lora_B, *case._options())
+    y, _ = svd_linear_forward(case.inputs.x, None, None, base, case.adapter)
     assert y is base
     assert_within_budget("y", y, same, exact)
 

@@ -26,6 +26,7 @@ from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
 
 from adalora_kernels.backends.triton import svd_linear_backward, svd_linear_forward, tiles  # noqa: E402
 from adalora_kernels.backends.triton.tiles import Configuration, Family, Width  # noqa: E402
+from adalora_kernels.reference.svd_linear import Adapter  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set in this process")
 
@@ -129,16 +130,16 @@ def launch_of(
 
     x, weight, y = empty(M, K), empty(N, K), empty(M, N)
     lora_A, lora_E, lora_B = (empty(*shape, dtype=adapter_dtype) for shape in ((rank, K), (rank, 1), (N, rank)))
-    adapter = (lora_A, lora_E, lora_B, empty(rank))
-    dropout = (empty(1, dtype=torch.int64) if dropout_p else None, 1.0, dropout_p, compute)
-    if kernel == "into":
-        svd_linear_forward(x, None, None, y, *adapter, *dropout)
-    elif kernel == "forward":
-        svd_linear_forward(x, weight, empty(N), None, *adapter, *dropout)
+    seed = empty(1, dtype=torch.int64) if dropout_p else None
+    adapter = Adapter(lora_A, lora_E, lora_B, empty(rank), seed, 1.0, dropout_p, compute)
+    if kernel == "delta":
+        svd_linear_forward(x, None, None, y, adapter)
+    elif kernel == "one_pass":
+        svd_linear_forward(x, weight, empty(N), None, adapter)
     else:
         u = empty(M, tiles.rank_padding(rank), dtype=compute)
-        svd_linear_backward(y, x, u, weight, *adapter, *dropout, (True, True, True, True))
-    suffix = "forward" if kernel in ("forward", "into") else f"backward_{kernel}"
+        svd_linear_backward(y, x, u, weight, adapter, (True, True, True, True))
+    suffix = kernel if kernel in ("one_pass", "delta") else f"backward_{kernel}"
     return next(launch for launch in launches if launch.kernel.__name__.strip("_") == f"svd_linear_{suffix}_kernel")
 
 
@@ -157,7 +158,7 @@ def name_of(configuration: Configuration) -> str:
 def cases() -> list[Any]:
     """Each configuration with dropout; on the FMA units also without, which takes no fewer registers."""
     found = [pytest.param(c, 0.1, id=name_of(c)) for c in shipped()]
-    on_fma = [c for c in shipped() if c.width is Width.SINGLE and c.kernel in ("forward", "into", "x")]
+    on_fma = [c for c in shipped() if c.width is Width.SINGLE and c.kernel in ("one_pass", "delta", "x")]
     return found + [pytest.param(c, 0.0, id=f"{name_of(c)}-no-dropout") for c in on_fma]
 
 
@@ -192,7 +193,7 @@ def test_hopper_keeps_products_in_flight(
     configuration = next(
         c
         for c in tiles.configurations()
-        if (c.kernel, c.family, c.width, c.max_rank) == ("forward", Family.HOPPER, Width.HALF, rank)
+        if (c.kernel, c.family, c.width, c.max_rank) == ("one_pass", Family.HOPPER, Width.HALF, rank)
     )
     launch = launch_of(configuration, monkeypatch, record, adapter_dtype=torch.bfloat16, dropout_p=0.0)
     ptx = resources_of(compile_launch(launch, 90), tmp_path / "kernel.cubin").ptx

@@ -3,8 +3,7 @@
 Every N-tile of a row block computes u anew with a second, narrow product in the loop over K that it runs anyway, and
 adds the low-rank term to its accumulator before the store. Beyond the frozen product that costs Rpad/BLOCK_N + Rpad/K
 of its FLOPs, and of memory traffic only A and B (R (K + N) elements) and the store of u (M Rpad elements), which the
-first N-tile does. Where the base is not a plain weight, its output takes the place of x Wᵀ: read and written once, in
-place.
+first N-tile does.
 """
 
 # mypy: allow-untyped-defs
@@ -18,10 +17,11 @@ from torch import Tensor
 from adalora_kernels.backends.triton import tiles
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
+from adalora_kernels.reference.svd_linear import Adapter
 
 
 @triton.jit(do_not_specialize=["M", "last_dropped"])
-def _svd_linear_forward_kernel(
+def _svd_linear_one_pass_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
@@ -47,8 +47,6 @@ def _svd_linear_forward_kernel(
     stride_bn,
     stride_br,
     stride_mask,
-    stride_ym,
-    stride_yn,
     scaling,
     last_dropped,
     keep_scale,
@@ -73,10 +71,9 @@ def _svd_linear_forward_kernel(
 
     x_ptrs = x_ptr + m[:, None] * stride_xm + k_wide[None, :] * stride_xk
     a_ptrs = a_ptr + k_wide[:, None] * stride_ak + r.to(tl.int64)[None, :] * stride_ar
+    w_ptrs = w_ptr + k_wide[:, None] * stride_wk + n[None, :] * stride_wn
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     u = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    if w_ptr is not None:
-        w_ptrs = w_ptr + k_wide[:, None] * stride_wk + n[None, :] * stride_wn
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
@@ -84,10 +81,8 @@ def _svd_linear_forward_kernel(
         left = K - start
         x_tile = tl.load(x_ptrs, mask=(m[:, None] < M) & (k[None, :] < left), other=0.0)  # [BLOCK_M, BLOCK_K]
         x_tile = rounded(x_tile, COMPUTE)
-        if w_ptr is not None:
-            w_tile = tl.load(w_ptrs, mask=(k[:, None] < left) & (n[None, :] < N), other=0.0)  # [BLOCK_K, BLOCK_N]
-            acc = product(x_tile, rounded(w_tile, COMPUTE), acc)
-            w_ptrs += BLOCK_K * stride_wk
+        w_tile = tl.load(w_ptrs, mask=(k[:, None] < left) & (n[None, :] < N), other=0.0)  # [BLOCK_K, BLOCK_N]
+        acc = product(x_tile, rounded(w_tile, COMPUTE), acc)
         if RANK_PADDED > 0:
             a_tile = tl.load(a_ptrs, mask=(k[:, None] < left) & (r[None, :] < R), other=0.0)  # [BLOCK_K, BLOCK_R]
             if seed_ptr is not None:
@@ -95,11 +90,8 @@ def _svd_linear_forward_kernel(
             u = product(x_tile, rounded(a_tile, COMPUTE), u)
             a_ptrs += BLOCK_K * stride_ak
         x_ptrs += BLOCK_K * stride_xk
+        w_ptrs += BLOCK_K * stride_wk
 
-    y_ptrs = y_ptr + m[:, None] * stride_ym + n[None, :] * stride_yn
-    inside = (m[:, None] < M) & (n[None, :] < N)
-    if w_ptr is None:
-        acc = tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32)
     if RANK_PADDED > 0:
         if pid_n == 0:
             u_ptrs = u_ptr + m[:, None] * RANK_PADDED + r[None, :]
@@ -110,49 +102,23 @@ def _svd_linear_forward_kernel(
         acc = product(rounded(u * scale[None, :], COMPUTE), rounded(b_tile, COMPUTE), acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n * stride_bias, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptrs, rounded(acc, y_ptr.dtype.element_ty), mask=inside)
+    y_ptrs = y_ptr + m[:, None] * N + n[None, :]
+    tl.store(y_ptrs, rounded(acc, COMPUTE), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
-def svd_linear_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    base: Tensor | None,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    compute_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """As ``reference.svd_linear.forward``, with u [M, rank_padding(R)]: its columns past R are zero.
-
-    Args:
-        x: [M, K], any strides, fp32, fp16 or bf16 (weight, bias, base and adapter likewise, each on its own).
-        compute_dtype: fp32, fp16 or bf16.
-        The others as in the reference.
-
-    Returns:
-        y [M, N] in ``compute_dtype`` (``base`` itself where that was given) and u in ``compute_dtype``.
-    """
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, base: None, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """As ``reference.svd_linear.forward`` with a weight, and with u [M, rank_padding(R)]: 0 in its columns past R."""
+    lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, compute_dtype = adapter
     (M, K), (N, R) = x.shape, lora_B.shape
     rank_padded = tiles.rank_padding(R)
     u = torch.empty((M, rank_padded), dtype=compute_dtype, device=x.device)
-    if base is None:
-        y = torch.empty((M, N), dtype=compute_dtype, device=x.device)
-    elif R == 0:
-        return base, u
-    else:
-        y = base
+    y = torch.empty((M, N), dtype=compute_dtype, device=x.device)
     if M == 0:
         return y, u
     last_dropped, keep_scale = dropout_arguments(dropout_p if seed is not None else 0.0)
-    kernel = "into" if weight is None else "forward"
-    tile = tiles.choose(kernel, x.device, R, compute_dtype, x, weight, adapter=lora_A)
+    tile = tiles.choose("one_pass", x.device, R, compute_dtype, x, weight, adapter=lora_A)
     with torch.cuda.device_of(x):
-        _svd_linear_forward_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
+        _svd_linear_one_pass_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
             x,
             weight,
             bias,
@@ -168,13 +134,12 @@ def svd_linear_forward(
             K,
             R,
             *x.stride(),
-            *strides(weight, 2),
+            *weight.stride(),
             *strides(bias, 1),
             *lora_A.stride(),
             *strides(lora_E, 1),
             *lora_B.stride(),
             *strides(mask, 1),
-            *y.stride(),
             scaling,
             last_dropped,
             keep_scale,
@@ -190,4 +155,4 @@ def svd_linear_forward(
     return y, u
 
 
-__all__ = ["svd_linear_forward"]
+__all__ = ["forward"]

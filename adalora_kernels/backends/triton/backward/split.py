@@ -1,4 +1,4 @@
-"""The gradients of the layer, from g = ∂L/∂y, x and u = drop(x) Aᵀ.
+"""The gradients of the layer, from g = ∂L/∂y, x and u = drop(x) Aᵀ, each in passes of their own (plan ``split``).
 
     v  = g B                                  one pass over g (M N elements)
     T  = gᵀ u,  colsum(B ⊙ T)                 one pass over g, mostly from L2
@@ -21,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from adalora_kernels.backends.triton import tiles
+from adalora_kernels.backends.triton.backward.slab_sums import svd_linear_backward_finish_kernel
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
-from adalora_kernels.backends.triton.slab_sums import svd_linear_backward_finish_kernel
+from adalora_kernels.reference.svd_linear import Adapter
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -191,32 +192,16 @@ def _svd_linear_backward_x_kernel(
         tl.store(da_ptrs, da, mask=(k[:, None] < K) & (r[None, :] < RANK_PADDED))
 
 
-def svd_linear_backward(
+def backward(
     grad_y: Tensor,
     x: Tensor,
     u: Tensor,
     weight: Tensor | None,
-    lora_A: Tensor,
-    lora_E: Tensor,
-    lora_B: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    compute_dtype: torch.dtype,
+    adapter: Adapter,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As ``reference.svd_linear.backward``; only what ``needs`` asks for is computed.
-
-    Args:
-        grad_y: g [M, N], any strides, fp32, fp16 or bf16 (the others likewise, each on its own).
-        u: [M, ≥R] from ``svd_linear_forward``, any strides.
-        needs: whether dx, dA, dE, dB are asked for.
-        The others as in ``svd_linear_forward``.
-
-    Returns:
-        dx [M, K] in x's dtype, dA, dE, dB in their parameters' shapes and dtypes; None for what was not asked for.
-    """
+    """As ``reference.svd_linear.backward``; only what ``needs`` asks for is computed."""
+    lora_A, lora_E, lora_B, mask, seed, scaling, dropout_p, compute_dtype = adapter
     need_x, need_A, need_E, need_B = needs
     (M, K), (N, R) = x.shape, lora_B.shape
     # From the BLAS in the dtype of the products; the low-rank term is added where it lies if that is also x's dtype.
@@ -346,4 +331,4 @@ def svd_linear_backward(
     return dx, dA, dE, dB
 
 
-__all__ = ["svd_linear_backward"]
+__all__ = ["backward"]
