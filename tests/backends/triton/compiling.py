@@ -1,0 +1,136 @@
+"""Ahead-of-time compilation of what launchers launch, for any GPU, and what the compiler made of it.
+
+The launchers run with their launches recorded instead of made, so that what is compiled is what they launch: the same
+arguments, specialised as Triton's front would, for the target in question.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import JITFunction, mangle_type
+
+from adalora_kernels.backends.triton.tiles import Family
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+CAPABILITY = {Family.AMPERE: 80, Family.HOPPER: 90, Family.BLACKWELL: 100}
+# Ampere's table also serves what has no table of its own (sm_86, sm_89, sm_120), and they have 99 KiB.
+SHARED_MEMORY = {Family.AMPERE: 101_376, Family.HOPPER: 232_448, Family.BLACKWELL: 232_448}
+MATRIX_INSTRUCTION = {Family.AMPERE: "HMMA", Family.HOPPER: "HGMMA", Family.BLACKWELL: "UTCHMMA"}
+
+
+@dataclass
+class Launch:
+    """One recorded launch."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name without underscores at its ends."""
+        return str(self.kernel.__name__).strip("_")
+
+
+@dataclass
+class Resources:
+    """What cuobjdump says of a cubin, with the PTX it came from; ``instructions`` counts SASS opcodes."""
+
+    registers: int
+    stack: int
+    shared: int
+    instructions: dict[str, int]
+    ptx: str
+
+    def __str__(self) -> str:
+        return f"{self.registers} registers, stack {self.stack}, {self.shared} bytes of shared memory"
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Collects launches in place of making them; tensors on the meta device may stand for the data."""
+    launches: list[Launch] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches.append(Launch(self, args, options))
+
+    front, JITFunction.run = JITFunction.run, run  # type: ignore[method-assign]
+    try:
+        yield launches
+    finally:
+        JITFunction.run = front  # type: ignore[method-assign]
+
+
+def compile_launch(launch: Launch, family: Family) -> CompiledKernel:
+    """Compile a recorded launch for a family's target, specialised as Triton's front does.
+
+    1 and None become constants; multiples of 16 and aligned pointers are marked; descriptors carry their block.
+    """
+    options = dict(launch.options)
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    for index, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = options.pop(name, parameter.default) if parameter.is_constexpr else arguments[name]
+        free = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not free):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = mangle_type(value)
+        address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if not free and type(address) is int and address % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", CAPABILITY[family], 32), options=options)
+
+
+def resources_of(kernel: CompiledKernel) -> Resources:
+    """Registers, stack, shared memory and instruction counts of a compiled kernel."""
+    with TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [CUOBJDUMP, "--dump-resource-usage", "-sass", cubin]
+        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump)
+    assert usage is not None, dump[:1000]
+    counts: dict[str, int] = {}
+    for opcode in re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", dump, re.MULTILINE):
+        counts[opcode] = counts.get(opcode, 0) + 1
+    return Resources(int(usage[1]), int(usage[2]), kernel.metadata.shared, counts, kernel.asm["ptx"])
+
+
+def assert_within_limits(found: Resources, family: Family, matrix_instructions: bool = True) -> None:
+    """No stack, no spills, shared memory within the family's limit, real code; products on its own matrix units.
+
+    Args:
+        found: of the compiled kernel.
+        family: whose limits hold.
+        matrix_instructions: whether the kernel multiplies tiles in 16 bits.
+    """
+    assert sum(found.instructions.values()) > 100, f"hardly any code: {found.instructions}"
+    assert found.stack == 0, f"stack frame: {found}"
+    assert not {"LDL", "STL"} & found.instructions.keys(), f"spills: {found}"
+    assert found.shared <= SHARED_MEMORY[family], f"shared memory: {found}"
+    if matrix_instructions:
+        assert MATRIX_INSTRUCTION[family] in found.instructions, f"matrix instructions: {found.instructions}"
+        if family is not Family.AMPERE:
+            assert "HMMA" not in found.instructions, "falls back to Ampere's matrix instruction"
+
+
+def products_in_flight(found: Resources) -> int:
+    """On Hopper, how many groups of wgmma may still run where the kernel waits for one."""
+    return max(int(depth) for depth in re.findall(r"wgmma\.wait_group\S* (\d+)", found.ptx))
