@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
+# Kernels are also compiled by the Triton that pairs with torch 2.11; the newest is pinned in constraints.txt.
+ifeq ($(shell uname),Linux)
+SECOND_TRITON := build/triton-3.6
+endif
 
 .PHONY: setup demo test lint bench clean
 
-setup: .venv/.installed
+setup: .venv/.installed $(SECOND_TRITON:=/.installed)
 
 # Torch comes first, since the extension is built against it.
 .venv/.installed: constraints.txt pyproject.toml setup.py $(shell find csrc -type f)
@@ -15,11 +19,15 @@ setup: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test,lint]'
 	touch $@
 
+%/triton-3.6/.installed: | .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
+	touch $@
+
 demo: setup
 	$(BIN)/adalora-kernels demo
 
 test: setup
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+	ADALORA_SECOND_TRITON=$(SECOND_TRITON) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .
