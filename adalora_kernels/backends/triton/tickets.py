@@ -94,7 +94,7 @@ def workspace(device: torch.device, row_blocks: int) -> Tensor:
 
 
 def _captured(device: torch.device, ints: int) -> Tensor:
-    """A piece of the reserve; zeros that each replay sets anew where none is left, or nothing ran before the capture."""
+    """A piece of the reserve; zeros set by each replay where none is left, or nothing ran before the capture."""
     with _reserve_lock:
         if device in _reserves:
             reserve, used = _reserves[device]
