@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adalora_kernels.backends.select import Backend, parse
-from adalora_kernels.ops.svd_linear import select_layer, svd_linear
+from adalora_kernels.ops.explain import described, explain_layer
+from adalora_kernels.ops.svd_linear import svd_linear
 
 
 class SVDLinear(nn.Linear):
@@ -31,7 +32,7 @@ class SVDLinear(nn.Linear):
         lora_dropout: probability of dropping an element of x before A.
         fan_in_fan_out: whether ``weight`` is stored as [in, out].
         merge_weights: whether ``eval()`` merges.
-        backend: of the layer: "reference", "native", "triton", or None for the best that can run.
+        backend: of the layer, as in ``adalora_kernels.svd_linear``; None for the best that can run.
         **kwargs: ``bias``, ``device``, ``dtype`` of nn.Linear.
 
     Raises:
@@ -61,7 +62,8 @@ class SVDLinear(nn.Linear):
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         self.fan_in_fan_out = fan_in_fan_out
         self.merge_weights = merge_weights
-        self.backend = parse(backend)
+        parse(backend)  # an unknown name is refused here, not at the first call
+        self.backend = backend
         self._frozen_weight: Tensor | None = None
         if r > 0:
             self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features))
@@ -157,12 +159,13 @@ class SVDLinear(nn.Linear):
             backend=self.backend,
         )
 
-    def explain_layer(self) -> tuple[str, str, str]:
-        """Backend, plan and reason of a call with an input of the weight's dtype, for ``adalora_kernels.explain``."""
+    def explain_layer(self) -> tuple[str, str, str, str]:
+        """Backend, plan, reason and configuration, for ``adalora_kernels.explain``."""
         if self.r == 0 or self.merged:
-            return "torch", "linear", "no adapter" if self.r == 0 else "the increment is merged"
-        selection = select_layer(self.weight, self.lora_A, self.backend)
-        return selection.backend.value, selection.plan, selection.reason
+            return "torch", "linear", "no adapter" if self.r == 0 else "the increment is merged", ""
+        adapter = (self.lora_A, self.lora_E, self.lora_B)
+        dropout_p = self.dropout_p if self.training else 0.0
+        return described(explain_layer(self._weight_as_n_k(), *adapter, dropout_p=dropout_p, backend=self.backend))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,7 +1,8 @@
 """Which backend and plan a call takes, and why.
 
 ``choose`` is a pure function of what is asked and what can run; ``select`` feeds it this machine. A backend asked for
-by name that can't run raises with the reason. Automatic selection never fails: it takes the best that can run.
+by name that can't run raises with the reason. Automatic selection never fails: it takes the best that can run. Where a
+backend has several plans, which one a call takes depends on its shape too: the backend chooses when it is launched.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -31,23 +32,39 @@ class Backend(str, Enum):
     TRITON = "triton"
 
 
-@dataclass(frozen=True)
-class Selection:
+class Request(NamedTuple):
+    """A backend asked for by name.
+
+    Attributes:
+        backend: who is to compute.
+        plan: of the layer, as "forward", "forward/backward" or "/backward"; empty leaves it to the backend.
+    """
+
+    backend: Backend
+    plan: str = ""
+
+
+class Selection(NamedTuple):
     """The outcome of a choice.
 
     Attributes:
         backend: who computes.
-        plan: the backend's way of doing it, by name.
+        plan: the backend's way of doing it, by name; ``BY_SHAPE`` where it depends on the call's shape.
         reason: why this one.
+        configuration: how the plan's kernels are launched, where that is chosen too.
+        plan_asked_for: the plan as it was asked for by name, for the backend's launchers; None where it was not.
     """
 
     backend: Backend
     plan: str
     reason: str
+    configuration: str = ""
+    plan_asked_for: str | None = None
 
 
+BY_SHAPE = "by shape"
 _PLANS: dict[tuple[str, Backend], str] = {
-    ("svd_linear", Backend.TRITON): "one_pass",
+    ("svd_linear", Backend.TRITON): BY_SHAPE,
     ("svd_linear", Backend.NATIVE): "accumulate",
     ("importance", Backend.NATIVE): "multi_tensor",
     ("allocation", Backend.NATIVE): "selection",
@@ -64,20 +81,45 @@ def offers(backend: Backend, op: str) -> bool:
 
 
 def parse(backend: str | Backend | None) -> Backend | None:
-    """The Backend of that name; None or "auto" mean automatic.
+    """The Backend of that name, with or without a plan as in ``parse_request``; None or "auto" mean automatic.
 
     Raises:
-        ValueError: for an unknown name.
+        TypeError: for something else than a name.
+        ValueError: for an unknown name, or a plan of a backend that has but one.
     """
-    if backend is None or isinstance(backend, Backend):
-        return backend
-    if backend == "auto":
+    request = parse_request(backend)
+    return None if request is None else request.backend
+
+
+def parse_request(backend: str | Backend | None) -> Request | None:
+    """What is asked for by name: a backend, such as "triton", or also a plan of its layer.
+
+    "triton:published/one_gemm" names the forward and the backward; "triton:published" and "triton:/one_gemm" leave the
+    other of them to the backend. None, "auto" and errors as in ``parse``.
+    """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected a name or None, got {type(backend).__name__}")
+    return _parse(backend)
+
+
+@cache
+def _parse(backend: str | None) -> Request | None:
+    if backend is None or backend == "auto":
         return None
+    name, colon, plan = backend.partition(":")
     try:
-        return Backend(backend)
+        known = Backend(name)
     except ValueError:
         names = ", ".join(b.value for b in Backend)
         raise ValueError(f"backend: expected one of auto, {names}; got {backend!r}") from None
+    if not colon:
+        return Request(known)
+    if known is not Backend.TRITON:
+        raise ValueError(f"backend: expected no plan, since {name} has but one; got {backend!r}")
+    from adalora_kernels.backends.triton import plans
+
+    plans.parse(plan)
+    return Request(known, plan)
 
 
 def unsuitable(backend: Backend, op: str, device_type: str, dtype: torch.dtype, rank: int) -> str | None:
@@ -99,7 +141,7 @@ def choose(
     device_type: str,
     dtype: torch.dtype,
     rank: int,
-    requested: Backend | None,
+    requested: Request | None,
     unavailable: Callable[[Backend], str | None],
 ) -> Selection:
     """The choice, as a pure function.
@@ -109,7 +151,7 @@ def choose(
         device_type: of the tensors, such as "cpu" or "cuda".
         dtype: the dtype in which is computed.
         rank: R, or the largest R of all layers.
-        requested: a backend asked for by name, or None.
+        requested: what was asked for by name, or None.
         unavailable: says why this machine can't run a backend for that device type, or None where it can; asked only of
             backends that come into question, since to ask is to import them.
 
@@ -124,10 +166,11 @@ def choose(
         return Selection(backend, _PLANS.get((op, backend), "eager"), reason)
 
     if requested is not None:
-        problem = obstacle(requested)
+        problem = obstacle(requested.backend)
         if problem:
-            raise RuntimeError(f"backend {requested.value!r} can't run {op} on {device_type}: {problem}")
-        return selection(requested, "asked for by name")
+            raise RuntimeError(f"backend {requested.backend.value!r} can't run {op} on {device_type}: {problem}")
+        chosen = selection(requested.backend, "asked for by name")
+        return chosen._replace(plan=requested.plan, plan_asked_for=requested.plan) if requested.plan else chosen
     passed_over: list[str] = []
     for backend in _PREFERENCE.get(device_type, ()):
         problem = obstacle(backend)
@@ -153,7 +196,7 @@ def unavailable_reason(backend: Backend, device_type: str) -> str | None:
 
 
 @cache
-def _select(op: str, device_type: str, dtype: torch.dtype, rank: int, requested: Backend | None) -> Selection:
+def _select(op: str, device_type: str, dtype: torch.dtype, rank: int, requested: Request | None) -> Selection:
     return choose(op, device_type, dtype, rank, requested, lambda backend: unavailable_reason(backend, device_type))
 
 
@@ -172,12 +215,12 @@ def select(op: str, device_type: str, dtype: torch.dtype, rank: int, backend: st
         RuntimeError: where a backend asked for by name can't run, with the reason.
         ValueError: for an unknown name.
     """
-    requested = parse(backend)
+    requested = parse_request(backend)
     if requested is None:
         named = os.environ.get(ENVIRONMENT_VARIABLE)
         if named:
-            requested = parse(named)
-            if requested is not None and not offers(requested, op):
+            requested = parse_request(named)
+            if requested is not None and not offers(requested.backend, op):
                 requested = None
     selection = _select(op, device_type, dtype, rank, requested)
     _log_once(op, selection)
@@ -193,16 +236,19 @@ def implementation(op: str, backend: Backend) -> ModuleType:
 
 
 __all__ = [
+    "BY_SHAPE",
     "ENVIRONMENT_VARIABLE",
     "MAX_TRITON_RANK",
     "OPS",
     "Backend",
+    "Request",
     "Selection",
     "choose",
     "implementation",
     "logger",
     "offers",
     "parse",
+    "parse_request",
     "select",
     "unavailable_reason",
     "unsuitable",

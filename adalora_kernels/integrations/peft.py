@@ -55,7 +55,7 @@ def patch_model(peft_model: Model, backend: str | Backend | None = None) -> Mode
 
     Args:
         peft_model: a ``PeftModel``, an ``AdaLoraModel``, or any module that holds PEFT's AdaLoRA layers.
-        backend: "reference", "native", "triton", or None for the best that can run.
+        backend: as in ``adalora_kernels.svd_linear``; None for the best that can run.
 
     Returns:
         ``peft_model``.

@@ -17,7 +17,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from adalora_kernels.backends.select import Backend
-from adalora_kernels.ops.svd_linear import select_layer, svd_linear, svd_linear_into
+from adalora_kernels.ops.explain import described, explain_layer
+from adalora_kernels.ops.svd_linear import svd_linear, svd_linear_into
 
 _READABLE_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _PLAIN = (Tensor, nn.Parameter)
@@ -76,23 +77,25 @@ class FusedSVDLinear(SVDLinear):
         assert result is not None
         return result
 
-    def explain_layer(self) -> tuple[str, str, str]:
-        """Backend, plan and reason of a call with an input of the weight's dtype, for ``adalora_kernels.explain``."""
+    def explain_layer(self) -> tuple[str, str, str, str]:
+        """Backend, plan, reason and configuration, for ``adalora_kernels.explain``."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if not active or self.disable_adapters or self.merged_adapters:
-            return "torch", "base", "adapters are merged" if self.merged_adapters else "no adapter is active"
-        base, lora_A = self.get_base_layer(), self.lora_A[active[0]]
+            return "torch", "base", "adapters are merged" if self.merged_adapters else "no adapter is active", ""
+        adapter = [factors[active[0]] for factors in (self.lora_A, self.lora_E, self.lora_B)]
         if self._modules["base_layer"]._forward_hooks or _has_any_global_hook():
-            return "none", "PEFT's own", "the base has forward hooks, which may keep its output"
-        obstacle = base_obstacle(self._modules["base_layer"])
-        selection = select_layer(lora_A if obstacle else base.weight, lora_A, self.fused_backend)
-        if obstacle is None:
-            return selection.backend.value, selection.plan, selection.reason
-        return (
-            selection.backend.value,
-            f"base, then {selection.plan} into its output",
-            f"{obstacle}; {selection.reason}",
-        )
+            return "none", "PEFT's own", "the base has forward hooks, which may keep its output", ""
+        base = self._modules["base_layer"]
+        assert base is not None
+        obstacle = base_obstacle(base)
+        weight = None if obstacle else _weight_as_n_k(base)
+        dropout = self.lora_dropout[active[0]]
+        dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        selection = explain_layer(weight, *adapter, dropout_p=dropout_p, backend=self.fused_backend)
+        if obstacle is not None:
+            plan = f"base, then {selection.plan} into its output"
+            selection = selection._replace(plan=plan, reason=f"{obstacle}; {selection.reason}")
+        return described(selection)
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's, with ``ranknum`` frozen: PEFT ≥ 0.21 makes it trainable over a 16-bit base."""
@@ -166,12 +169,17 @@ def _rebind(layer: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> Non
 
 def _readable_weight(base: nn.Module, x: Tensor) -> Tensor | None:
     """W [N, K]; None where the frozen product doesn't take x: then the base is called, so that its own error comes."""
-    weight = base._parameters["weight"]
-    assert weight is not None
+    weight = _weight_as_n_k(base)
     if x.dtype != weight.dtype:
         autocast = torch.is_autocast_enabled(x.device.type)
         if not autocast or torch.float64 in (x.dtype, weight.dtype):
             return None
+    return weight
+
+
+def _weight_as_n_k(base: nn.Module) -> Tensor:
+    weight = base._parameters["weight"]
+    assert weight is not None
     return weight.t() if type(base) is Conv1D else weight
 
 

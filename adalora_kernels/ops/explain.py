@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adalora_kernels.backends.select import OPS, Backend, Selection, select
-from adalora_kernels.ops.svd_linear import select_layer
+from adalora_kernels.backends.select import OPS, Backend, Selection, implementation, select
+from adalora_kernels.ops.svd_linear import compute_dtype_of, svd_linear
+from adalora_kernels.reference.svd_linear import Adapter
+
+NOMINAL_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -19,32 +24,36 @@ class Explanation:
     Attributes:
         name: path of the layer, or name of the operation.
         backend: "reference", "native" or "triton"; "none" where the layer is not ours and keeps its own code.
-        plan: the backend's way of doing it.
+        plan: the backend's way of doing it; "forward/backward" where each has its own.
         reason: why.
+        configuration: how the plan's kernels are launched, where that is chosen too; else empty.
     """
 
     name: str
     backend: str
     plan: str
     reason: str
+    configuration: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.backend} ({self.plan}), {self.reason}"
+        plan = f"{self.plan}: {self.configuration}" if self.configuration else self.plan
+        return f"{self.name}: {self.backend} ({plan}), {self.reason}"
 
 
 def explain(target: Any = None, *args: Any, backend: str | Backend | None = None, **kwargs: Any) -> list[Explanation]:
     """Say which backend and plan is taken, and why.
 
     Args:
-        target: a model: one line for each layer with an AdaLoRA adapter, those not accelerated included. Or x, the
-            first argument of ``svd_linear``, with the others following as in that call: the line of that call. Or
-            None: a line for each operation on this machine's default device in fp32.
+        target: a model: one line for each layer with an AdaLoRA adapter, those not accelerated included, for an input
+            of 8192 tokens in the weight's dtype. Or x, the first argument of ``svd_linear``, with the others following
+            as in that call: the line of that call. Or None: a line for each operation on this machine's default device
+            in fp32.
         *args, **kwargs: the other arguments of ``svd_linear``.
         backend: a backend asked for by name, as in the call to be explained.
 
     Raises:
-        TypeError: ``target`` is something else.
-        RuntimeError: the backend asked for can't run, as the call itself would raise.
+        TypeError: ``target`` is something else, or the arguments are not those of ``svd_linear``.
+        RuntimeError: the backend or plan asked for can't run, as the call itself would raise.
     """
     if target is None:
         device = torch.get_default_device().type
@@ -54,13 +63,63 @@ def explain(target: Any = None, *args: Any, backend: str | Backend | None = None
     if isinstance(target, nn.Module):
         return _explain_model(target)
     if isinstance(target, Tensor):
-        lora_A = args[1] if len(args) > 1 else kwargs["lora_A"]
-        return [_line("svd_linear", select_layer(target, lora_A, backend))]
+        call = inspect.signature(svd_linear).bind(target, *args, backend=backend, **kwargs)
+        call.apply_defaults()
+        x, weight, *adapter = call.args
+        dropout_p = call.kwargs["dropout_p"] if call.kwargs["training"] else 0.0
+        return [_line("svd_linear", explain_layer_call(x, weight, *adapter, dropout_p=dropout_p, backend=backend))]
     raise TypeError(f"target: expected a model, a tensor or None, got {type(target).__name__}")
 
 
+def explain_layer_call(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    backend: str | Backend | None = None,
+) -> Selection:
+    """What such a call of ``svd_linear`` runs on, or of ``svd_linear_into`` where ``weight`` is None.
+
+    Errors as in ``explain``.
+    """
+    dtype = compute_dtype_of(x)
+    selection = select("svd_linear", x.device.type, dtype, lora_A.shape[0], backend)
+    if selection.backend is not Backend.TRITON:
+        return selection
+    seed = lora_A.new_empty(1, dtype=torch.int64) if dropout_p > 0 and lora_A.shape[0] > 0 else None
+    adapter = Adapter(lora_A, lora_E, lora_B, None, seed, 1.0, dropout_p, dtype)
+    tokens = math.prod(x.shape[:-1])
+    explained = implementation("svd_linear", Backend.TRITON).explain(
+        x.new_empty(()).expand(tokens, x.shape[-1]), weight, adapter, selection.plan_asked_for
+    )
+    plan, configuration, reason = explained
+    return selection._replace(plan=plan, configuration=configuration, reason=f"{selection.reason}; {reason}")
+
+
+def explain_layer(
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_E: Tensor,
+    lora_B: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    backend: str | Backend | None = None,
+) -> Selection:
+    """As ``explain_layer_call``, for an input of ``NOMINAL_TOKENS`` in the dtype of the weight, or else of lora_A."""
+    x = (lora_A if weight is None else weight).new_empty(()).expand(NOMINAL_TOKENS, lora_A.shape[1])
+    return explain_layer_call(x, weight, lora_A, lora_E, lora_B, dropout_p=dropout_p, backend=backend)
+
+
 def _line(name: str, selection: Selection) -> Explanation:
-    return Explanation(name, selection.backend.value, selection.plan, selection.reason)
+    return Explanation(name, *described(selection))
+
+
+def described(selection: Selection) -> tuple[str, str, str, str]:
+    """Backend, plan, reason and configuration in words."""
+    return selection.backend.value, selection.plan, selection.reason, selection.configuration
 
 
 def _explain_model(model: nn.Module) -> list[Explanation]:
@@ -76,4 +135,4 @@ def _explain_model(model: nn.Module) -> list[Explanation]:
     return lines
 
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["NOMINAL_TOKENS", "Explanation", "described", "explain", "explain_layer", "explain_layer_call"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -53,7 +54,8 @@ def svd_linear(
         scaling: c, the whole factor of the increment, that is alpha / (ranknum + 1e-5).
         dropout_p: probability of dropping an element of x before A, in [0, 1].
         training: whether dropout applies.
-        backend: "reference", "native", "triton", or None for the best that can run.
+        backend: "reference", "native", "triton", or None for the best that can run. "triton:one_pass/split" also names
+            the plans of forward and backward; either may be left out.
 
     Returns:
         y [..., N] in the dtype of the products.
@@ -61,7 +63,7 @@ def svd_linear(
     Raises:
         TypeError: an argument is not a floating-point tensor.
         ValueError: a shape, device or probability does not fit; the message names the argument.
-        RuntimeError: the backend asked for can't run.
+        RuntimeError: the backend or plan asked for can't run.
     """
     if weight is None:
         raise TypeError("weight: expected a tensor, got NoneType; svd_linear_into takes a base's output instead")
@@ -105,11 +107,6 @@ def compute_dtype_of(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def select_layer(x: Tensor, lora_A: Tensor, backend: str | Backend | None) -> Selection:
-    """The backend and plan that a layer call with these tensors takes, and why."""
-    return select("svd_linear", x.device.type, compute_dtype_of(x), lora_A.shape[0], backend)
-
-
 def _call(
     x: Tensor,
     weight: Tensor | None,
@@ -135,8 +132,8 @@ def _call(
         name = backend.value if isinstance(backend, Backend) else backend or "auto"
         y, _ = torch.ops.adalora.svd_linear_forward(x, weight, bias, base, *adapter, name)
     else:
-        chosen = select("svd_linear", x.device.type, dtype, lora_A.shape[0], backend).backend
-        y, _ = _SVDLinear.apply(x, weight, bias, base, *adapter, chosen)
+        selection = select("svd_linear", x.device.type, dtype, lora_A.shape[0], backend)
+        y, _ = _SVDLinear.apply(x, weight, bias, base, *adapter, selection)
     return y
 
 
@@ -146,16 +143,19 @@ def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
-def _launchers(backend: Backend) -> tuple[Any, Any]:
-    module = implementation("svd_linear", backend)
-    if backend is Backend.REFERENCE:
+@cache
+def _launchers(selection: Selection) -> tuple[Any, Any]:
+    module = implementation("svd_linear", selection.backend)
+    if selection.backend is Backend.REFERENCE:
         return module.forward, module.backward
-    return module.svd_linear_forward, module.svd_linear_backward
+    forward, backward = module.svd_linear_forward, module.svd_linear_backward
+    plan = selection.plan_asked_for
+    return (partial(forward, plan=plan), partial(backward, plan=plan)) if plan else (forward, backward)
 
 
-def _u_columns(rank: int, backend: Backend) -> int:
+def _u_columns(rank: int, selection: Selection) -> int:
     """Width of u: R, padded to what the backend's matrix instructions need."""
-    if backend is Backend.TRITON:
+    if selection.backend is Backend.TRITON:
         from adalora_kernels.backends.triton import rank_padding
 
         return rank_padding(rank)
@@ -168,10 +168,10 @@ def _forward(
     bias: Tensor | None,
     base: Tensor | None,
     adapter: Adapter,
-    backend: Backend,
+    selection: Selection,
 ) -> tuple[Tensor, Tensor]:
     """Launch with tokens flattened; ``base`` is added to in place."""
-    launch, _ = _launchers(backend)
+    launch, _ = _launchers(selection)
     n = adapter.lora_B.shape[0]
     tokens = math.prod(x.shape[:-1])  # not -1, which K = 0 or N = 0 would leave open
     base_2d = None if base is None else base.reshape(tokens, n)
@@ -191,11 +191,11 @@ def _backward(
     bias: Tensor | None,
     adapter: Adapter,
     needs: list[bool],
-    backend: Backend,
+    selection: Selection,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, A, E, B, each None where ``needs`` doesn't ask for it."""
     need_x, need_weight, need_bias, *need_adapter = needs
-    _, launch = _launchers(backend)
+    _, launch = _launchers(selection)
     tokens = math.prod(x.shape[:-1])
     g = grad_y.reshape(tokens, grad_y.shape[-1])
     x_2d = x.reshape(tokens, x.shape[-1])
@@ -212,12 +212,12 @@ def _backward(
 class _SVDLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        x, weight, bias, base, *branch, backend = args
+        x, weight, bias, base, *branch, selection = args
         if base is not None:
             # An alias that autograd doesn't follow: added to directly, a view would be copied five times. It shares
             # the version counter, so a base that saved its output for its own backward is still told.
             base = _addable(base, x)
-        output = _forward(x, weight, bias, base, Adapter._make(branch), backend)
+        output = _forward(x, weight, bias, base, Adapter._make(branch), selection)
         # Called from here: as a method of its own torch would inspect this signature at each call, 18 µs.
         _setup_context(ctx, args, output)
         return output
@@ -237,14 +237,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _gradients(ctx: Any, grad_y: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:
-    """The gradient of each forward argument; ``run`` is ``_backward`` or the op that holds it."""
+    """The gradient of each forward argument; ``run`` is ``_backward``, or the op that holds it and selects anew."""
     if grad_y is None:
         return (None,) * 13
     x, u, weight, bias, *tensors = ctx.saved_tensors
-    *numbers, backend = ctx.arguments
+    *numbers, chosen = ctx.arguments
     need = ctx.needs_input_grad
     needs = [need[i] for i in (0, 1, 2, 4, 5, 6)]
-    dx, dw, db, dA, dE, dB = run(grad_y, x, u, weight, bias, Adapter(*tensors, *numbers), needs, backend)
+    dx, dw, db, dA, dE, dB = run(grad_y, x, u, weight, bias, Adapter(*tensors, *numbers), needs, chosen)
     base_grad = grad_y if need[3] else None
     return (dx, dw, db, base_grad, dA, dE, dB, None, None, None, None, None, None)
 
@@ -276,9 +276,9 @@ _LIBRARY.define(
 )
 
 
-def _resolve(x: Tensor, adapter: Adapter, backend: str) -> Backend:
+def _resolve(x: Tensor, adapter: Adapter, backend: str) -> Selection:
     # int(): a rank is a constant of its layer, and the choice may depend on it.
-    return select("svd_linear", x.device.type, adapter.compute_dtype, int(adapter.lora_A.shape[0]), backend).backend
+    return select("svd_linear", x.device.type, adapter.compute_dtype, int(adapter.lora_A.shape[0]), backend)
 
 
 def _forward_op(x: Tensor, weight: Any, bias: Any, base: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -329,4 +329,4 @@ torch.library.register_autograd(
 )
 
 
-__all__ = ["compute_dtype_of", "select_layer", "svd_linear", "svd_linear_into"]
+__all__ = ["compute_dtype_of", "svd_linear", "svd_linear_into"]

@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from adalora_kernels import SVDLinear, explain
-from adalora_kernels.backends.select import OPS, Backend, choose, offers, parse, select
+from adalora_kernels.backends.select import (
+    BY_SHAPE,
+    OPS,
+    Backend,
+    Request,
+    choose,
+    offers,
+    parse,
+    parse_request,
+    select,
+)
 
 ALL = dict.fromkeys(Backend).get
 NONE = {Backend.REFERENCE: None, Backend.NATIVE: "not built", Backend.TRITON: "not installed"}.get
@@ -18,7 +28,7 @@ NONE = {Backend.REFERENCE: None, Backend.NATIVE: "not built", Backend.TRITON: "n
 @pytest.mark.parametrize("rank", (0, 1, 8, 16, 64, 128))
 def test_supported_cuda_layers_never_select_the_reference(dtype: torch.dtype, rank: int) -> None:
     chosen = choose("svd_linear", "cuda", dtype, rank, None, ALL)
-    assert (chosen.backend, chosen.plan) == (Backend.TRITON, "one_pass")
+    assert (chosen.backend, chosen.plan) == (Backend.TRITON, BY_SHAPE)
 
 
 def test_supported_cuda_importance_never_selects_the_reference() -> None:
@@ -56,9 +66,9 @@ def test_named_backend_that_cannot_run_raises(
     op: str, device: str, dtype: torch.dtype, rank: int, backend: Backend, reason: str
 ) -> None:
     with pytest.raises(RuntimeError, match=reason):
-        choose(op, device, dtype, rank, backend, ALL)
+        choose(op, device, dtype, rank, Request(backend), ALL)
     with pytest.raises(RuntimeError, match=r"not (built|installed)"):
-        choose("svd_linear", "cpu", torch.float32, 8, Backend.NATIVE, NONE)
+        choose("svd_linear", "cpu", torch.float32, 8, Request(Backend.NATIVE), NONE)
 
 
 def test_variable_binds_what_its_backend_offers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +86,50 @@ def test_variable_binds_what_its_backend_offers(monkeypatch: pytest.MonkeyPatch)
 def test_parse() -> None:
     assert parse(None) is None and parse("auto") is None and parse("native") is Backend.NATIVE
     assert parse(Backend.TRITON) is Backend.TRITON
+    assert parse("triton:one_pass/split") is Backend.TRITON
+
+
+@pytest.mark.parametrize("plan", ("one_pass", "one_pass/split", "/split", "one_pass/"))
+def test_plan_asked_for_by_name(plan: str) -> None:
+    request = parse_request(f"triton:{plan}")
+    assert request == Request(Backend.TRITON, plan)
+    chosen = choose("svd_linear", "cuda", torch.float32, 8, request, ALL)
+    assert (chosen.plan, chosen.plan_asked_for, chosen.reason) == (plan, plan, "asked for by name")
+    assert choose("svd_linear", "cuda", torch.float32, 8, Request(Backend.TRITON), ALL).plan_asked_for is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    (
+        ("triton:nonsense", r"backend: expected a forward plan of triton \(one_pass, .*\), got 'nonsense'"),
+        ("triton:one_pass/one_pass", r"backend: expected a backward plan of triton \(.*split.*\), got 'one_pass'"),
+        ("triton:split", "backend: expected a forward plan"),
+        ("triton:/", "backend: expected a plan of triton before or after the slash"),
+        ("triton:", "backend: expected a forward plan of triton"),
+        ("native:accumulate", "backend: expected no plan, since native has but one; got 'native:accumulate'"),
+        ("reference:", "backend: expected no plan, since reference has but one"),
+        ("cuda:one_pass", "backend: expected one of auto, reference, native, triton; got 'cuda:one_pass'"),
+    ),
+)
+def test_unknown_plans(backend: str, message: str) -> None:
+    for call in (parse, parse_request, lambda name: select("svd_linear", "cpu", torch.float32, 8, name)):
+        with pytest.raises(ValueError, match=message):
+            call(backend)
+
+
+def test_backend_that_is_no_name() -> None:
+    with pytest.raises(TypeError, match="backend: expected a name or None, got list"):
+        parse(["triton"])  # type: ignore[arg-type]
+
+
+def test_variable_may_carry_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADALORA_KERNELS_BACKEND", "triton:nonsense")
+    with pytest.raises(ValueError, match="got 'nonsense'"):
+        select("svd_linear", "cpu", torch.float32, 8)
+    monkeypatch.setenv("ADALORA_KERNELS_BACKEND", "triton:one_pass")
+    with pytest.raises(RuntimeError, match="backend 'triton' can't run svd_linear on cpu"):
+        select("svd_linear", "cpu", torch.float32, 8)
+    assert select("importance", "cpu", torch.float32, 0).backend is Backend.NATIVE
 
 
 def test_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

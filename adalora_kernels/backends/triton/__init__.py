@@ -11,10 +11,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from adalora_kernels.backends.triton import plans
+from adalora_kernels.backends.triton.problem import problem_of
 from adalora_kernels.backends.triton.tiles import MAX_RANK, rank_padding
 from adalora_kernels.reference.svd_linear import Adapter
 
-PLAN = "one_pass"
 _MIN_CAPABILITY = (8, 0)
 
 
@@ -37,15 +38,25 @@ def unavailable_reason(device_type: str) -> str | None:
 
 
 def svd_linear_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, adapter: Adapter
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    adapter: Adapter,
+    plan: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``reference.svd_linear.forward``, with u [M, rank_padding(R)]: 0 in its columns past R."""
-    from adalora_kernels.backends.triton.forward import delta, one_pass
+    """As ``reference.svd_linear.forward``, with u [M, rank_padding(R)]: 0 in its columns past R.
 
-    if weight is None:
-        assert base is not None
-        return delta.forward(x, None, None, base, adapter)
-    return one_pass.forward(x, weight, bias, None, adapter)
+    Args:
+        plan: asked for by name, as in ``plans.parse``; None leaves it to ``plans.choose``.
+        The others as in the reference.
+
+    Raises:
+        RuntimeError: the plan asked for can't run this call.
+    """
+    choice = plans.choose(problem_of(x, weight, adapter), plan)
+    y, u = plans.launcher("forward", choice.forward)(x, weight, bias, base, adapter)
+    return y, u
 
 
 def svd_linear_backward(
@@ -55,27 +66,19 @@ def svd_linear_backward(
     weight: Tensor | None,
     adapter: Adapter,
     needs: tuple[bool, bool, bool, bool],
+    plan: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As ``reference.svd_linear.backward``, with the u of ``svd_linear_forward``."""
-    from adalora_kernels.backends.triton.backward import split
-
-    return split.backward(grad_y, x, u, weight, adapter, needs)
-
-
-def explain(rank: int, into_base: bool = False) -> str:
-    """The plan in a few words."""
-    if rank == 0:
-        return f"{PLAN}: the frozen linear alone"
-    start = "base output" if into_base else "x Wᵀ"
-    return f"{PLAN}: {start} + low-rank term of rank {rank} in one kernel, u recomputed by each N-tile"
+    """As ``reference.svd_linear.backward``, with the u of ``svd_linear_forward``; ``plan`` and errors as there."""
+    choice = plans.choose(problem_of(x, weight, adapter, needs[0]), plan)
+    dx, dA, dE, dB = plans.launcher("backward", choice.backward)(grad_y, x, u, weight, adapter, needs)
+    return dx, dA, dE, dB
 
 
-__all__ = [
-    "MAX_RANK",
-    "PLAN",
-    "explain",
-    "rank_padding",
-    "svd_linear_backward",
-    "svd_linear_forward",
-    "unavailable_reason",
-]
+def explain(x: Tensor, weight: Tensor | None, adapter: Adapter, plan: str | None = None) -> tuple[str, str, str]:
+    """The plan, its configuration and the reason of a call with these tensors; errors as in ``svd_linear_forward``."""
+    problem = problem_of(x, weight, adapter)
+    choice = plans.choose(problem, plan)
+    return f"{choice.forward}/{choice.backward}", plans.configuration(problem, choice), choice.reason
+
+
+__all__ = ["MAX_RANK", "explain", "rank_padding", "svd_linear_backward", "svd_linear_forward", "unavailable_reason"]

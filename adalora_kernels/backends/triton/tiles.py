@@ -20,7 +20,7 @@ MAX_RANK = MAX_TRITON_RANK
 GROUP_M = 8  # row blocks that are in flight together
 
 
-class Family(Enum):
+class Family(str, Enum):
     """Devices that share a table. Any without a table of its own takes Ampere's, which fits 99 KiB of shared memory."""
 
     AMPERE = "ampere"
@@ -28,7 +28,7 @@ class Family(Enum):
     BLACKWELL = "blackwell"
 
 
-class Width(Enum):
+class Width(str, Enum):
     """What the main loop loads and multiplies."""
 
     HALF = "half"  # 16-bit products of 16-bit operands
@@ -45,6 +45,10 @@ class Tile:
     block_k: int
     num_warps: int
     num_stages: int
+
+    def __str__(self) -> str:
+        blocks = "×".join(str(size) for size in (self.block_m, self.block_n, self.block_k) if size)
+        return f"{blocks}, {self.num_warps} warps, {self.num_stages} stages"
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -129,8 +133,8 @@ def rank_block(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length()) if r else 16
 
 
-def operand_width(compute_dtype: torch.dtype, *operands: Tensor | None) -> Width:
-    """How wide the loads of these operands are beside the dtype of the products.
+def width_of(compute_dtype: torch.dtype, *operands: torch.dtype) -> Width:
+    """How wide the loads of operands of these dtypes are beside the dtype of the products.
 
     Raises:
         TypeError: the products are neither fp32, fp16 nor bf16.
@@ -139,7 +143,12 @@ def operand_width(compute_dtype: torch.dtype, *operands: Tensor | None) -> Width
         return Width.SINGLE
     if compute_dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(f"compute_dtype: expected float32, float16 or bfloat16, got {compute_dtype}")
-    return Width.MIXED if any(t is not None and t.itemsize > 2 for t in operands) else Width.HALF
+    return Width.MIXED if any(dtype.itemsize > 2 for dtype in operands) else Width.HALF
+
+
+def operand_width(compute_dtype: torch.dtype, *operands: Tensor | None) -> Width:
+    """As ``width_of``, for tensors."""
+    return width_of(compute_dtype, *(t.dtype for t in operands if t is not None))
 
 
 @cache
@@ -157,7 +166,8 @@ def _programs_wanted(device: torch.device) -> int:
 
 
 @cache
-def _tile(kernel: str, family: Family, width: Width, r: int) -> Tile:
+def lookup(kernel: str, family: Family, width: Width, r: int) -> Tile:
+    """The table's tile for a kernel; ValueError where the rank exceeds ``MAX_RANK``."""
     for max_rank, tile in _TABLES[family][kernel, width].items():
         if r <= max_rank:
             return tile
@@ -181,7 +191,7 @@ def choose(
         TypeError: the products are neither fp32, fp16 nor bf16.
         ValueError: the rank exceeds ``MAX_RANK``.
     """
-    tile = _tile(kernel, device_family(device), operand_width(compute_dtype, *operands), r)
+    tile = lookup(kernel, device_family(device), operand_width(compute_dtype, *operands), r)
     # The table's pipelines hold elements of up to 32 bits.
     wide = any(t is not None and t.itemsize > 4 for t in (*operands, adapter))
     return replace(tile, num_stages=1) if wide else tile
@@ -214,8 +224,10 @@ __all__ = [
     "choose",
     "configurations",
     "device_family",
+    "lookup",
     "operand_width",
     "rank_block",
     "rank_padding",
     "slabs",
+    "width_of",
 ]

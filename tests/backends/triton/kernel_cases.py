@@ -1,4 +1,4 @@
-"""What the kernels must compute, case by case: run by ``test_kernels.py`` in a process of its own.
+"""What ``one_pass``, ``delta`` and ``split`` must compute, case by case: run by ``test_kernels.py`` in its own process.
 
 Triton decides when it decorates a kernel whether it will be interpreted, so these cases can't share a process with the
 tests that compile kernels. To debug one: ``TRITON_INTERPRET=1 pytest tests/backends/triton/kernel_cases.py -k <case>``;
@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adalora_kernels.backends.triton import rank_padding, svd_linear_backward, svd_linear_forward
+from adalora_kernels.backends.triton import rank_padding
+from adalora_kernels.backends.triton.backward import split
 from adalora_kernels.backends.triton.dropout import dropout_arguments, keep_mask
+from adalora_kernels.backends.triton.forward import delta, one_pass
 from adalora_kernels.reference import svd_linear as reference
 from adalora_kernels.reference.svd_linear import Adapter
 from adalora_kernels.testing.inputs import RANKS, LayerInputs, layer_inputs
@@ -54,6 +56,11 @@ class Case:
     dropout_p: float = 0.0
     base: Tensor | None = None
     scaling: float = 1.7
+
+    @property
+    def plan(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The forward under test: the one that takes a weight, or a base."""
+        return one_pass.forward if self.base is None else delta.forward
 
     def forward(self, function: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         i = self.inputs
@@ -95,7 +102,7 @@ def make_case(
 
 def check(case: Case) -> tuple[Tensor, Tensor]:
     """Hold y, u, dx, dA, dE and dB to their budgets; returns y and u."""
-    y, u = case.forward(svd_linear_forward)
+    y, u = case.forward(case.plan)
     same_y, same_u = case.forward(reference.forward)
     exact_y, exact_u = case.exact().forward(reference.forward)
     r = case.inputs.lora_A.shape[0]
@@ -103,7 +110,7 @@ def check(case: Case) -> tuple[Tensor, Tensor]:
     assert (u[:, r:] == 0).all(), "u: its padding is not zero"
     assert_within_budget("y", y, same_y, exact_y)
     assert_within_budget("u", u[:, :r], same_u, exact_u)
-    actual = case.backward(svd_linear_backward, u)
+    actual = case.backward(split.backward, u)
     same = case.backward(reference.backward, same_u)
     exact = case.exact().backward(reference.backward, exact_u)
     for name, *results in zip(("dx", "dA", "dE", "dB"), actual, same, exact, strict=True):
@@ -140,7 +147,7 @@ def test_into_a_base_in_place() -> None:
     case.base = base.clone(memory_format=torch.preserve_format)
     exact, _ = case.exact().forward(reference.forward)
     same, _ = case.forward(reference.forward)
-    y, _ = svd_linear_forward(case.inputs.x, None, None, base, case.adapter)
+    y, _ = delta.forward(case.inputs.x, None, None, base, case.adapter)
     assert y is base
     assert_within_budget("y", y, same, exact)
 
@@ -193,19 +200,19 @@ def test_fp64_parameters_under_fp32_products() -> None:
     i = case.inputs
     adapter = {name: getattr(i, name).double() for name in ("weight", "lora_A", "lora_B")}
     case.inputs = replace(i, **adapter)
-    y, u = case.forward(svd_linear_forward)
+    y, u = case.forward(case.plan)
     same, exact = make_case(12, torch.float32, full=False), case.exact()
     assert_within_budget("y", y, same.forward(reference.forward)[0], exact.forward(reference.forward)[0])
-    dx, dA, _, dB = case.backward(svd_linear_backward, u)
+    dx, dA, _, dB = case.backward(split.backward, u)
     assert (dx.dtype, dA.dtype, dB.dtype) == (torch.float32, torch.float64, torch.float64)
 
 
 @dtypes
 def test_no_tokens(dtype: torch.dtype) -> None:
     case = make_case(12, dtype, full=True, m=0)
-    y, u = case.forward(svd_linear_forward)
+    y, u = case.forward(case.plan)
     assert y.shape == (0, N) and u.shape == (0, 16)
-    dx, *gradients = case.backward(svd_linear_backward, u)
+    dx, *gradients = case.backward(split.backward, u)
     assert dx.shape == (0, K)
     assert all((gradient == 0).all() for gradient in gradients)
 
@@ -215,17 +222,17 @@ def test_two_runs_agree_bit_for_bit(dtype: torch.dtype) -> None:
     case = make_case(33, dtype, full=True)
     runs = []
     for _ in range(2):
-        y, u = case.forward(svd_linear_forward)
-        runs.append((y, u, *case.backward(svd_linear_backward, u)))
+        y, u = case.forward(case.plan)
+        runs.append((y, u, *case.backward(split.backward, u)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def test_only_what_is_asked_for() -> None:
     case = make_case(8, torch.float32, full=True, m=40, n=30)
-    _, u = case.forward(svd_linear_forward)
-    together = case.backward(svd_linear_backward, u)
+    _, u = case.forward(case.plan)
+    together = case.backward(split.backward, u)
     for needs in itertools.product((False, True), repeat=4):
-        alone = case.backward(svd_linear_backward, u, needs)
+        alone = case.backward(split.backward, u, needs)
         for need, a, b in zip(needs, alone, together, strict=True):
             assert torch.equal(a, b) if need else a is None
 
@@ -269,10 +276,10 @@ def test_mask_past_32_bits() -> None:
 
 def test_rank_too_large() -> None:
     with pytest.raises(ValueError, match="lora_A: expected a rank of at most 128, got 129"):
-        make_case(129, torch.float32, full=False, m=1, k=8, n=8).forward(svd_linear_forward)
+        make_case(129, torch.float32, full=False, m=1, k=8, n=8).forward(one_pass.forward)
 
 
 def test_products_in_fp64() -> None:
     case = replace(make_case(8, torch.float32, full=False), compute=torch.float64)
     with pytest.raises(TypeError, match=r"compute_dtype: expected float32, float16 or bfloat16, got torch\.float64"):
-        case.forward(svd_linear_forward)
+        case.forward(one_pass.forward)

@@ -6,6 +6,8 @@ registered op. To debug one: ``TRITON_INTERPRET=1 pytest tests/backends/triton/o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import triton
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adalora_kernels import SVDLinear, explain, svd_linear
+from adalora_kernels.backends.triton import plans
 from adalora_kernels.ops.svd_linear import svd_linear_into
 from adalora_kernels.testing.inputs import layer_inputs
 
@@ -115,9 +118,50 @@ def test_saves_u_alone() -> None:
 def test_module_and_explain() -> None:
     layer = SVDLinear(33, 40, r=12, backend="triton", device=DEVICE)
     (line,) = explain(layer)
-    assert (line.backend, line.plan, line.reason) == ("triton", "one_pass", "asked for by name")
+    assert line.backend == "triton" and line.reason.startswith("asked for by name; forward ")
+    assert "warps" in line.configuration
     layer(torch.randn(3, 33, device=DEVICE)).sum().backward()
     assert layer.lora_E.grad is not None and layer.lora_E.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", ["triton:one_pass/split", "triton:one_pass", "triton:/split"])
+def test_plan_asked_for_by_name(backend: str) -> None:
+    """Eager and compiled calls go where explain says."""
+    i = layer_inputs(20, 33, 40, 12, device=DEVICE)
+    leaves = [t.requires_grad_() for t in (i.x, i.lora_A, i.lora_E, i.lora_B)]
+    (line,) = explain(i.x, i.weight, *leaves[1:], bias=i.bias, backend=backend)
+    forward, backward = line.plan.split("/")
+    for part, given in zip((forward, backward), backend.removeprefix("triton:").partition("/")[::2], strict=True):
+        assert part == (given or part) and (not given or f"{given} asked for by name" in line.reason)
+    called: list[str] = []
+
+    def call(x: Tensor, a: Tensor, e: Tensor, b: Tensor) -> Tensor:
+        return svd_linear(x, i.weight, a, e, b, bias=i.bias, scaling=C, backend=backend)
+
+    def spied(direction: str, name: str) -> Callable[..., object]:
+        called.append(f"{direction} {name}")
+        return launcher(direction, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        launcher = plans.launcher
+        patch.setattr(plans, "launcher", spied)
+        results = []
+        for function in (call, torch.compile(call, fullgraph=True)):
+            y = function(*leaves)
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    assert called == [f"forward {forward}", f"backward {backward}"] * 2
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_plan_that_cannot_run_raises() -> None:
+    i = layer_inputs(3, 8, 8, 4, device=DEVICE)
+    adapter = (i.lora_A, i.lora_E, i.lora_B)
+    with pytest.raises(RuntimeError, match=r"forward plan 'delta' can't run this call: .*a weight was given"):
+        svd_linear(i.x, i.weight, *adapter, backend="triton:delta")
+    with pytest.raises(RuntimeError, match="forward plan 'one_pass' can't run this call: a base's output was given"):
+        svd_linear_into(i.x.clone(), i.x, *adapter, backend="triton:one_pass")
+    with pytest.raises(RuntimeError, match="forward plan 'delta' can't run this call"):
+        explain(i.x, i.weight, *adapter, backend="triton:delta")
 
 
 def test_what_it_cannot_compute_raises() -> None:

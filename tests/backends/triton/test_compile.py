@@ -13,7 +13,9 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from adalora_kernels.backends.triton import svd_linear_backward, svd_linear_forward, tiles  # noqa: E402
+from adalora_kernels.backends.triton import tiles  # noqa: E402
+from adalora_kernels.backends.triton.backward import split  # noqa: E402
+from adalora_kernels.backends.triton.forward import delta, one_pass  # noqa: E402
 from adalora_kernels.backends.triton.tiles import Configuration, Family, Width  # noqa: E402
 from adalora_kernels.reference.svd_linear import Adapter  # noqa: E402
 from tests.backends.triton.compiling import (  # noqa: E402
@@ -51,12 +53,12 @@ def launch_of(
     adapter = Adapter(lora_A, lora_E, lora_B, empty(rank), seed, 1.0, dropout_p, compute)
     with recorded_launches() as launches:
         if kernel == "delta":
-            svd_linear_forward(x, None, None, y, adapter)
+            delta.forward(x, None, None, y, adapter)
         elif kernel == "one_pass":
-            svd_linear_forward(x, weight, empty(N), None, adapter)
+            one_pass.forward(x, weight, empty(N), None, adapter)
         else:
             u = empty(M, tiles.rank_padding(rank), dtype=compute)
-            svd_linear_backward(y, x, u, weight, adapter, (True, True, True, True))
+            split.backward(y, x, u, weight, adapter, (True, True, True, True))
     suffix = kernel if kernel in ("one_pass", "delta") else f"backward_{kernel}"
     return next(launch for launch in launches if launch.name == f"svd_linear_{suffix}_kernel")
 

@@ -88,8 +88,3 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knobs.runtime, "interpret", True)
     assert backend.unavailable_reason("cpu") is None
     assert "meta" in (backend.unavailable_reason("meta") or "")
-
-
-def test_plan() -> None:
-    assert backend.explain(0) == "one_pass: the frozen linear alone"
-    assert "base output" in backend.explain(8, into_base=True)

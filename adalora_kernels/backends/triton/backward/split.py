@@ -23,6 +23,7 @@ from torch import Tensor
 from adalora_kernels.backends.triton import tiles
 from adalora_kernels.backends.triton.backward.slab_sums import svd_linear_backward_finish_kernel
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
+from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
 from adalora_kernels.reference.svd_linear import Adapter
 
@@ -222,77 +223,20 @@ def backward(
     compute = TRITON_DTYPES[compute_dtype]
     t = colsum = partial_a = None
     slabs_t = slabs_a = blocks_n = 0
-    with torch.cuda.device_of(x):
-        if need_x or need_A:
-            v = torch.empty((M, rank_padded), dtype=torch.float32, device=x.device)
-            tile = tiles.choose("v", x.device, R, compute_dtype, grad_y, adapter=lora_B)
-            if M > 0:
-                _svd_linear_backward_v_kernel[(triton.cdiv(M, tile.block_m),)](
-                    grad_y,
-                    lora_B,
-                    v,
-                    M,
-                    N,
-                    R,
-                    *grad_y.stride(),
-                    *lora_B.stride(),
-                    COMPUTE=compute,
-                    BLOCK_M=tile.block_m,
-                    BLOCK_N=tile.block_n,
-                    **tile.options,
-                    **ranks,
-                )
-            tile = tiles.choose("x", x.device, R, compute_dtype, x, adapter=lora_A)
-            blocks_k = triton.cdiv(K, tile.block_k)
-            slabs_a, rows_per_slab = tiles.slabs(M, tile.block_m, blocks_k, x.device)
-            if need_A:
-                partial_a = torch.empty((slabs_a, K, rank_padded), dtype=torch.float32, device=x.device)
-            last_dropped, keep_scale = dropout_arguments(dropout_p if seed is not None else 0.0)
-            _svd_linear_backward_x_kernel[(blocks_k, slabs_a)](
-                x,
-                v,
-                lora_A,
-                lora_E,
-                mask,
-                seed if last_dropped >= 0 else None,
-                frozen,
-                dx,
-                partial_a,
-                M,
-                K,
-                R,
-                rows_per_slab,
-                *x.stride(),
-                *lora_A.stride(),
-                *strides(lora_E, 1),
-                *strides(mask, 1),
-                scaling,
-                last_dropped,
-                keep_scale,
-                COMPUTE=compute,
-                BLOCK_M=tile.block_m,
-                BLOCK_K=tile.block_k,
-                **tile.options,
-                **ranks,
-            )
-        if need_E or need_B:
-            tile = tiles.choose("t", x.device, R, compute_dtype, grad_y, adapter=lora_B)
-            blocks_n = triton.cdiv(N, tile.block_n)
-            slabs_t, rows_per_slab = tiles.slabs(M, tile.block_m, blocks_n, x.device)
-            t = torch.empty((slabs_t, N, rank_padded), dtype=torch.float32, device=x.device)
-            colsum = torch.empty((slabs_t, blocks_n, rank_padded), dtype=torch.float32, device=x.device)
-            _svd_linear_backward_t_kernel[(blocks_n, slabs_t)](
+    if need_x or need_A:
+        v = torch.empty((M, rank_padded), dtype=torch.float32, device=x.device)
+        tile = tiles.choose("v", x.device, R, compute_dtype, grad_y, adapter=lora_B)
+        if M > 0:
+            launch(
+                _svd_linear_backward_v_kernel,
+                (triton.cdiv(M, tile.block_m),),
                 grad_y,
-                u,
                 lora_B,
-                t,
-                colsum,
+                v,
                 M,
                 N,
                 R,
-                rows_per_slab,
                 *grad_y.stride(),
-                *u.stride(),
                 *lora_B.stride(),
                 COMPUTE=compute,
                 BLOCK_M=tile.block_m,
@@ -300,34 +244,98 @@ def backward(
                 **tile.options,
                 **ranks,
             )
-        if need_A or need_E or need_B:
-            tile = tiles.FINISH_TILE
-            blocks_b = triton.cdiv(N, tile.block_m) if need_B else 0
-            blocks_a = triton.cdiv(K, tile.block_m) if need_A else 0
-            svd_linear_backward_finish_kernel[(blocks_b + blocks_a + need_E,)](
-                t,
-                colsum,
-                partial_a,
-                lora_E,
-                mask,
-                dA,
-                dE,
-                dB,
-                N,
-                K,
-                R,
-                slabs_t,
-                slabs_a,
-                slabs_t * blocks_n,
-                blocks_b,
-                blocks_a,
-                *strides(lora_E, 1),
-                *strides(mask, 1),
-                scaling,
-                BLOCK=tile.block_m,
-                **tile.options,
-                **ranks,
-            )
+        tile = tiles.choose("x", x.device, R, compute_dtype, x, adapter=lora_A)
+        blocks_k = triton.cdiv(K, tile.block_k)
+        slabs_a, rows_per_slab = tiles.slabs(M, tile.block_m, blocks_k, x.device)
+        if need_A:
+            partial_a = torch.empty((slabs_a, K, rank_padded), dtype=torch.float32, device=x.device)
+        last_dropped, keep_scale = dropout_arguments(dropout_p if seed is not None else 0.0)
+        launch(
+            _svd_linear_backward_x_kernel,
+            (blocks_k, slabs_a),
+            x,
+            v,
+            lora_A,
+            lora_E,
+            mask,
+            seed if last_dropped >= 0 else None,
+            frozen,
+            dx,
+            partial_a,
+            M,
+            K,
+            R,
+            rows_per_slab,
+            *x.stride(),
+            *lora_A.stride(),
+            *strides(lora_E, 1),
+            *strides(mask, 1),
+            scaling,
+            last_dropped,
+            keep_scale,
+            COMPUTE=compute,
+            BLOCK_M=tile.block_m,
+            BLOCK_K=tile.block_k,
+            **tile.options,
+            **ranks,
+        )
+    if need_E or need_B:
+        tile = tiles.choose("t", x.device, R, compute_dtype, grad_y, adapter=lora_B)
+        blocks_n = triton.cdiv(N, tile.block_n)
+        slabs_t, rows_per_slab = tiles.slabs(M, tile.block_m, blocks_n, x.device)
+        t = torch.empty((slabs_t, N, rank_padded), dtype=torch.float32, device=x.device)
+        colsum = torch.empty((slabs_t, blocks_n, rank_padded), dtype=torch.float32, device=x.device)
+        launch(
+            _svd_linear_backward_t_kernel,
+            (blocks_n, slabs_t),
+            grad_y,
+            u,
+            lora_B,
+            t,
+            colsum,
+            M,
+            N,
+            R,
+            rows_per_slab,
+            *grad_y.stride(),
+            *u.stride(),
+            *lora_B.stride(),
+            COMPUTE=compute,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            **tile.options,
+            **ranks,
+        )
+    if need_A or need_E or need_B:
+        tile = tiles.FINISH_TILE
+        blocks_b = triton.cdiv(N, tile.block_m) if need_B else 0
+        blocks_a = triton.cdiv(K, tile.block_m) if need_A else 0
+        launch(
+            svd_linear_backward_finish_kernel,
+            (blocks_b + blocks_a + need_E,),
+            t,
+            colsum,
+            partial_a,
+            lora_E,
+            mask,
+            dA,
+            dE,
+            dB,
+            N,
+            K,
+            R,
+            slabs_t,
+            slabs_a,
+            slabs_t * blocks_n,
+            blocks_b,
+            blocks_a,
+            *strides(lora_E, 1),
+            *strides(mask, 1),
+            scaling,
+            BLOCK=tile.block_m,
+            **tile.options,
+            **ranks,
+        )
     return dx, dA, dE, dB
 
 

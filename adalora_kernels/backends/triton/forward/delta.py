@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adalora_kernels.backends.triton import tiles
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
+from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
 from adalora_kernels.reference.svd_linear import Adapter
 
@@ -109,38 +110,39 @@ def forward(x: Tensor, weight: None, bias: None, base: Tensor, adapter: Adapter)
     tile = tiles.choose("delta", x.device, R, compute_dtype, x, adapter=lora_A)
     row_blocks = triton.cdiv(M, tile.block_m)
     shares, columns_per_share = tiles.slabs(N, tile.block_n, row_blocks, x.device)
-    with torch.cuda.device_of(x):
-        _svd_linear_delta_kernel[(row_blocks, shares)](
-            x,
-            lora_A,
-            lora_E,
-            lora_B,
-            mask,
-            seed if last_dropped >= 0 else None,
-            base,
-            u,
-            M,
-            N,
-            K,
-            R,
-            columns_per_share,
-            *x.stride(),
-            *lora_A.stride(),
-            *strides(lora_E, 1),
-            *lora_B.stride(),
-            *strides(mask, 1),
-            *base.stride(),
-            scaling,
-            last_dropped,
-            keep_scale,
-            COMPUTE=TRITON_DTYPES[compute_dtype],
-            RANK_PADDED=rank_padded,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            BLOCK_R=tiles.rank_block(R),
-            **tile.options,
-        )
+    launch(
+        _svd_linear_delta_kernel,
+        (row_blocks, shares),
+        x,
+        lora_A,
+        lora_E,
+        lora_B,
+        mask,
+        seed if last_dropped >= 0 else None,
+        base,
+        u,
+        M,
+        N,
+        K,
+        R,
+        columns_per_share,
+        *x.stride(),
+        *lora_A.stride(),
+        *strides(lora_E, 1),
+        *lora_B.stride(),
+        *strides(mask, 1),
+        *base.stride(),
+        scaling,
+        last_dropped,
+        keep_scale,
+        COMPUTE=TRITON_DTYPES[compute_dtype],
+        RANK_PADDED=rank_padded,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        BLOCK_R=tiles.rank_block(R),
+        **tile.options,
+    )
     return base, u
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from adalora_kernels.backends.triton import tiles
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
+from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
 from adalora_kernels.reference.svd_linear import Adapter
 
@@ -117,41 +118,42 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, base: None, adapter:
         return y, u
     last_dropped, keep_scale = dropout_arguments(dropout_p if seed is not None else 0.0)
     tile = tiles.choose("one_pass", x.device, R, compute_dtype, x, weight, adapter=lora_A)
-    with torch.cuda.device_of(x):
-        _svd_linear_one_pass_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
-            x,
-            weight,
-            bias,
-            lora_A,
-            lora_E,
-            lora_B,
-            mask,
-            seed if last_dropped >= 0 else None,
-            y,
-            u,
-            M,
-            N,
-            K,
-            R,
-            *x.stride(),
-            *weight.stride(),
-            *strides(bias, 1),
-            *lora_A.stride(),
-            *strides(lora_E, 1),
-            *lora_B.stride(),
-            *strides(mask, 1),
-            scaling,
-            last_dropped,
-            keep_scale,
-            COMPUTE=TRITON_DTYPES[compute_dtype],
-            RANK_PADDED=rank_padded,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            BLOCK_R=tiles.rank_block(R),
-            GROUP_M=tiles.GROUP_M,
-            **tile.options,
-        )
+    launch(
+        _svd_linear_one_pass_kernel,
+        (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),),
+        x,
+        weight,
+        bias,
+        lora_A,
+        lora_E,
+        lora_B,
+        mask,
+        seed if last_dropped >= 0 else None,
+        y,
+        u,
+        M,
+        N,
+        K,
+        R,
+        *x.stride(),
+        *weight.stride(),
+        *strides(bias, 1),
+        *lora_A.stride(),
+        *strides(lora_E, 1),
+        *lora_B.stride(),
+        *strides(mask, 1),
+        scaling,
+        last_dropped,
+        keep_scale,
+        COMPUTE=TRITON_DTYPES[compute_dtype],
+        RANK_PADDED=rank_padded,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        BLOCK_R=tiles.rank_block(R),
+        GROUP_M=tiles.GROUP_M,
+        **tile.options,
+    )
     return y, u
 
 

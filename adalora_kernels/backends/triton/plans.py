@@ -1,0 +1,127 @@
+"""The plans of the layer by name: what each can run, and which of them a call takes.
+
+The choice is a pure function of a ``Problem``. Nothing here imports triton: a plan's kernels are imported when it is
+first launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from adalora_kernels.backends.triton import costs, tiles
+from adalora_kernels.backends.triton.problem import Problem
+
+
+class Plan(NamedTuple):
+    """One way to compute a direction of the layer.
+
+    Attributes:
+        name: what it is asked for by.
+        kernels: those of its kernels that have a table of tiles, in the order of their launches.
+        obstacle: says why it can't run a problem, or None where it can.
+        seconds: the calculated time of a problem.
+    """
+
+    name: str
+    kernels: tuple[str, ...]
+    obstacle: Callable[[Problem], str | None]
+    seconds: Callable[[Problem], float]
+
+
+class Choice(NamedTuple):
+    """The plans of one call, and why these."""
+
+    forward: str
+    backward: str
+    reason: str
+
+
+def _needs_weight(problem: Problem) -> str | None:
+    return "a base's output was given in place of a weight" if problem.weight_dtype is None else None
+
+
+def _needs_base(problem: Problem) -> str | None:
+    return None if problem.weight_dtype is None else "it adds to a base's output, and a weight was given"
+
+
+def _nothing(problem: Problem) -> str | None:
+    return None
+
+
+FORWARD = {
+    plan.name: plan
+    for plan in (
+        Plan("one_pass", ("one_pass",), _needs_weight, costs.one_pass),
+        Plan("delta", ("delta",), _needs_base, costs.delta),
+    )
+}
+BACKWARD = {plan.name: plan for plan in (Plan("split", ("v", "x", "t"), _nothing, costs.split),)}
+_DIRECTIONS = {"forward": FORWARD, "backward": BACKWARD}
+
+
+@cache
+def parse(plan: str) -> tuple[str | None, str | None]:
+    """The names in "forward", "forward/backward" or "/backward"; None for what is left open.
+
+    Raises:
+        ValueError: for an unknown name, or where none is given.
+    """
+    forward, slash, backward = plan.partition("/")
+    for direction, name, given in (("forward", forward, not slash or forward), ("backward", backward, backward)):
+        if given and name not in _DIRECTIONS[direction]:
+            known = ", ".join(_DIRECTIONS[direction])
+            raise ValueError(f"backend: expected a {direction} plan of triton ({known}), got {name!r} in {plan!r}")
+    if slash and not forward and not backward:
+        raise ValueError(f"backend: expected a plan of triton before or after the slash, got {plan!r}")
+    return forward or None, backward or None
+
+
+@cache
+def choose(problem: Problem, plan: str | None = None) -> Choice:
+    """The plans of a call: those asked for by name in ``plan``, and for the rest the least calculated time.
+
+    Raises:
+        RuntimeError: a plan asked for by name can't run the problem, with the reason.
+        TypeError, ValueError: no kernel has products of such a dtype, or holds such a rank.
+    """
+    forward, backward = parse(plan) if plan else (None, None)
+    forward, why_forward = _pick("forward", problem, forward)
+    backward, why_backward = _pick("backward", problem, backward)
+    return Choice(forward, backward, f"forward {why_forward}; backward {why_backward}")
+
+
+def _pick(direction: str, problem: Problem, asked: str | None) -> tuple[str, str]:
+    plans = _DIRECTIONS[direction]
+    if asked is not None:
+        obstacle = plans[asked].obstacle(problem)
+        if obstacle is not None:
+            raise RuntimeError(f"backend 'triton': its {direction} plan {asked!r} can't run this call: {obstacle}")
+        return asked, f"{asked} asked for by name"
+    seconds = {name: plan.seconds(problem) for name, plan in plans.items() if plan.obstacle(problem) is None}
+    ranking = sorted(seconds, key=lambda name: seconds[name])
+    if len(ranking) == 1:
+        return ranking[0], f"{ranking[0]}, the only plan that can run it"
+    frozen = costs.frozen(problem)
+    times = ", ".join(f"{name} {seconds[name] / frozen:.2f}" for name in ranking)
+    return ranking[0], f"{times} times the frozen product, calculated, not measured"
+
+
+def configuration(problem: Problem, choice: Choice) -> str:
+    """The tiles that the plans' kernels are launched with, in words."""
+    kernels = FORWARD[choice.forward].kernels + BACKWARD[choice.backward].kernels
+    found = [(name, tiles.lookup(name, problem.family, problem.width, problem.rank)) for name in kernels]
+    return "; ".join(f"{name} {tile}" for name, tile in found)
+
+
+@cache
+def launcher(direction: str, name: str) -> Callable[..., Any]:
+    """The function of a plan: ``forward`` or ``backward`` of the module that bears its name."""
+    module = import_module(f"adalora_kernels.backends.triton.{direction}.{name}")
+    function: Callable[..., Any] = getattr(module, direction)
+    return function
+
+
+__all__ = ["BACKWARD", "FORWARD", "Choice", "Plan", "choose", "configuration", "launcher", "parse"]
