@@ -7,11 +7,13 @@
 STABLE_TORCH_LIBRARY(adalora_native, m) {
   m.def("instruction_set() -> str");
   m.def(
-      "importance_update(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor tensors, "
-      "float beta1, float beta2) -> Tensor");
-  m.def("mask_to_budget(Tensor scores, Tensor(a!) live, Tensor enabled, Tensor values, int budget) -> Tensor");
-  m.def("zero_pruned(Tensor live, Tensor values) -> ()");
-  m.def("orthogonality(Tensor matrices, float factor, bool squared, bool fp64) -> Tensor");
+      "importance_update(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor[] params, "
+      "Tensor[] grads, float beta1, float beta2) -> Tensor");
+  m.def("mask_to_budget(Tensor scores, Tensor(a!) live, Tensor enabled, Tensor(b!)[] lora_E, int budget) -> Tensor");
+  m.def("zero_pruned(Tensor live, Tensor(a!)[] lora_E) -> ()");
+  m.def(
+      "orthogonality(Tensor[] lora_A, Tensor[] lora_B, float factor, bool squared, Tensor(a!)[] grads) -> Tensor");
+  m.def("add_scaled(Tensor(a!)[] targets, Tensor[] terms, float scale) -> ()");
   m.def("dropout(Tensor x, int threshold, float scale, Tensor seed) -> Tensor");
   m.def(
       "lowrank_forward(Tensor x, Tensor lora_A, Tensor lora_E, Tensor lora_B, Tensor? mask, float scaling, "
@@ -30,6 +32,7 @@ STABLE_TORCH_LIBRARY_IMPL(adalora_native, CPU, m) {
   m.impl("mask_to_budget", TORCH_BOX(&adalora::cpu::mask_to_budget));
   m.impl("zero_pruned", TORCH_BOX(&adalora::cpu::zero_pruned));
   m.impl("orthogonality", TORCH_BOX(&adalora::cpu::orthogonality));
+  m.impl("add_scaled", TORCH_BOX(&adalora::cpu::add_scaled));
   m.impl("dropout", TORCH_BOX(&adalora::cpu::dropout));
   m.impl("lowrank_forward", TORCH_BOX(&adalora::cpu::lowrank_forward));
   m.impl("lowrank_backward", TORCH_BOX(&adalora::cpu::lowrank_backward));

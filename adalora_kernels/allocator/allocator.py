@@ -174,10 +174,12 @@ class RankAllocator:
         rank = plan.rank or (plan.reapply and not state.settled)
         if model is not self.model:
             self.bind(model)
+        params = [registry[key] for t in self.triplets for registry, key in t.slots]
+        singular_values = params[1::3]
         try:
             if rank:
-                self._check_trainable()
-            finite = self._update() if plan.update else None
+                self._check_trainable(singular_values)
+            finite = self._update(params) if plan.update else None
         except ValueError:
             if bound_to is not self.model:
                 self.bind(bound_to)
@@ -186,7 +188,7 @@ class RankAllocator:
         threshold = None
         if rank and state.updates > 0:
             threshold = mask_to_budget(
-                state.scores, self._singular_values(), plan.budget, state.live, finite, backend=self.backend
+                state.scores, singular_values, plan.budget, state.live, finite, backend=self.backend
             )
         elif plan.reapply:
             self.reapply_pattern()
@@ -198,8 +200,7 @@ class RankAllocator:
             write_scalars(self.tb_writter, self, threshold, global_step)
         return plan.budget, threshold
 
-    def _update(self) -> Tensor:
-        params = [registry[key] for t in self.triplets for registry, key in t.slots]
+    def _update(self, params: list[Tensor]) -> Tensor:
         grads = [p.grad for p in params]
         if not any(grad is not None for grad in grads):
             raise ValueError(
@@ -220,9 +221,9 @@ class RankAllocator:
         state.updates += 1
         return finite
 
-    def _check_trainable(self) -> None:
+    def _check_trainable(self, singular_values: list[Tensor]) -> None:
         """A layer frozen since would score lowest for want of gradients, and lose what it has learnt."""
-        trains = [E.requires_grad for E in self._singular_values()]
+        trains = [E.requires_grad for E in singular_values]
         if all(trains) or not any(trains):
             return
         for triplet, train in zip(self.triplets, trains, strict=True):
@@ -232,12 +233,9 @@ class RankAllocator:
                     "would be pruned; unfreeze it, or make a new RankAllocator, which leaves it out"
                 )
 
-    def _singular_values(self) -> list[Tensor]:
-        return [registry[key] for registry, key in (t.slots[1] for t in self.triplets)]
-
     def reapply_pattern(self) -> None:
         """Zero E wherever the stored pattern has no live triplet."""
-        zero_pruned(self.importance.live, self._singular_values(), backend=self.backend)
+        zero_pruned(self.importance.live, [t.lora_E for t in self.triplets], backend=self.backend)
 
     def live_ranks(self) -> dict[str, int]:
         """The live rank of each layer by its path. Waits for the device."""
@@ -274,8 +272,10 @@ class RankAllocator:
         self.global_step = state["global_step"]
 
 
-def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1) -> Tensor:
+def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, *, accumulate: bool = False) -> Tensor:
     """γ · mean of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F over all adapted matrices of ``model``, differentiable, 0-d.
+
+    ``accumulate`` adds its gradient in one launch when the backward ends; see ``ops.orthogonality_loss``.
 
     Raises:
         ValueError: a model without layers with lora_A, lora_E and lora_B, or a negative weight.
@@ -283,7 +283,8 @@ def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1) -> Tensor:
     triplets = find_triplets(model)
     if not triplets:
         raise ValueError("model: expected layers with lora_A, lora_E and lora_B, found none")
-    return orthogonality_loss([t.lora_A for t in triplets], [t.lora_B for t in triplets], regu_weight)
+    lora_A, lora_B = [t.lora_A for t in triplets], [t.lora_B for t in triplets]
+    return orthogonality_loss(lora_A, lora_B, regu_weight, accumulate=accumulate)
 
 
 __all__ = ["RankAllocator", "compute_orth_regu"]

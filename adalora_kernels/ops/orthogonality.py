@@ -1,9 +1,13 @@
-"""The orthogonality regulariser of all layers at once, as one differentiable number."""
+"""The orthogonality regulariser of all layers at once, as one differentiable number.
+
+Value and gradient come from the same pass. The gradients reach the matrices in one of two ways: through autograd,
+matrix by matrix, or (``accumulate=True``) by one launch at the end of the backward that adds them to every ``.grad``.
+Autograd would spend an addition on each of 2n matrices, since the layers' own gradients arrive there too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,65 +23,162 @@ def orthogonality_loss(
     weight: float,
     squared: bool = False,
     *,
+    accumulate: bool = False,
     backend: str | Backend | None = None,
 ) -> Tensor:
     """γ · mean of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F over all matrices, or γ · Σ of their squares (AdaLoRA, equation 4).
-
-    Value and gradient come from the same pass; the gradient is computed only where something requires it.
 
     Args:
         lora_A: the [R, K] matrices.
         lora_B: the [N, R] matrices.
         weight: γ, at least 0.
         squared: False for the published codes' unsquared mean, True for the paper's squared sum.
+        accumulate: add the gradient to the matrices' ``.grad`` when the backward ends, all at once, whatever
+            ``inputs`` that backward was given. Hooks on the matrices don't see it, and ``torch.autograd.grad`` can't
+            have it. Only where ``can_accumulate``.
         backend: "reference", "native", or None for the best that can run.
 
     Returns:
         The value with γ in it, 0-d, fp32 (fp64 if any matrix is fp64).
 
     Raises:
-        ValueError: no matrices, a negative weight, or matrices on several devices.
+        ValueError: no matrices, a negative weight, matrices on several devices, or matrices that can't accumulate.
         RuntimeError: the backend asked for can't run.
     """
-    matrices = (*lora_A, *lora_B)
-    if not matrices:
+    if not lora_A and not lora_B:
         raise ValueError("lora_A, lora_B: expected at least one matrix, got none")
     if weight < 0:
         raise ValueError(f"weight: expected at least 0, got {weight}")
-    return _Orthogonality.apply(float(weight), squared, backend, len(lora_A), *matrices)
+    term = _Term(list(lora_A), list(lora_B), float(weight), squared, backend)
+    if not accumulate:
+        return _Orthogonality.apply(term, *lora_A, *lora_B)
+    if not can_accumulate((*lora_A, *lora_B)):
+        raise ValueError("accumulate: expected distinct leaves without hooks; see can_accumulate")
+    trained = next((m for m in (*lora_A, *lora_B) if m.requires_grad), lora_A[0])
+    return _AccumulatedOrthogonality.apply(term, trained)
+
+
+def can_accumulate(matrices: Iterable[Tensor]) -> bool:
+    """Whether gradients may be added to ``.grad`` behind autograd's back: distinct plain leaves that nobody watches.
+
+    A hook would see the gradient without this share of it, and a subclass (DTensor, say) or a parameter that another
+    library partitions keeps its gradients elsewhere.
+    """
+    seen = set()
+    for m in matrices:
+        if m._backward_hooks or m._post_accumulate_grad_hooks or not m.is_leaf or id(m) in seen:
+            return False
+        if type(m) not in (torch.nn.Parameter, Tensor) or hasattr(m, "ds_id"):
+            return False
+        seen.add(id(m))
+    return True
+
+
+class _Term:
+    """One regulariser: its matrices and settings, and its launches."""
+
+    def __init__(
+        self,
+        lora_A: list[Tensor],
+        lora_B: list[Tensor],
+        weight: float,
+        squared: bool,
+        backend: str | Backend | None,
+    ) -> None:
+        self.lora_A, self.lora_B, self.weight, self.squared = lora_A, lora_B, weight, squared
+        first = (lora_A or lora_B)[0]
+        chosen = select("orthogonality", first.device.type, first.dtype, 0, backend).backend
+        self.module = implementation("orthogonality", chosen)
+        self.grads: list[Tensor] | None = None
+
+    def value(self, need_grad: bool) -> Tensor:
+        """The value; the gradients are kept for the backward."""
+        value: Tensor
+        value, grads = self.module.orthogonality(self.lora_A, self.lora_B, self.weight, self.squared, need_grad)
+        self.grads = grads if need_grad else None
+        return value
+
+    def take_gradients(self) -> list[Tensor]:
+        """The gradients of A₀, A₁, …, B₀, B₁, …, given away: a second backward through a kept graph makes them anew."""
+        if self.grads is None:
+            self.value(need_grad=True)
+        grads, self.grads = self.grads, None
+        assert grads is not None
+        return grads
+
+    def accumulate(self, scale: Tensor) -> None:
+        """Add the gradients times ``scale`` to ``.grad`` of the matrices that train."""
+        matrices, terms = [*self.lora_A, *self.lora_B], self.take_gradients()
+        grads = [m.grad for m in matrices]
+        if _is_one(scale) and not any(grad is not None for grad in grads):
+            for m, term in zip(matrices, terms, strict=True):
+                if m.requires_grad:
+                    m.grad = term
+            return
+        targets = []
+        for m, grad in zip(matrices, grads, strict=True):
+            if grad is None or not grad.is_contiguous():
+                grad = torch.zeros_like(m, memory_format=torch.contiguous_format) if grad is None else grad.contiguous()
+                if m.requires_grad:
+                    m.grad = grad
+            targets.append(grad)
+        self.module.add_scaled(targets, terms, scale)
+
+
+def _is_one(scale: Tensor) -> bool:
+    """Whether it is known to be 1 without waiting for a device."""
+    return scale.device.type == "cpu" and scale.item() == 1.0
 
 
 class _Orthogonality(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, weight: float, squared: bool, backend: str | Backend | None, n_A: int, *matrices: Tensor
-    ) -> Tensor:
-        ctx.launch = partial(_launch, weight=weight, squared=squared, backend=backend, n_A=n_A)
+    def forward(ctx: Any, term: _Term, *matrices: Tensor) -> Tensor:
+        ctx.term = term
         ctx.save_for_backward(*matrices)
-        value, ctx.grads = ctx.launch(matrices, need_grad=any(ctx.needs_input_grad))
-        return value
+        return term.value(need_grad=any(ctx.needs_input_grad))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
-        # Given away rather than kept, so that autograd takes these tensors as .grad instead of copying them. A graph
-        # that is kept for a second backward computes them anew.
-        grads, ctx.grads = ctx.grads, None
-        if grads is None:
-            _, grads = ctx.launch(ctx.saved_tensors, need_grad=True)
-        if grad_value.device.type != "cpu" or grad_value.item() != 1.0:
+        _ = ctx.saved_tensors  # raises where a matrix has changed since
+        # Given away rather than kept, so that autograd takes these tensors as .grad instead of copying them.
+        grads = ctx.term.take_gradients()
+        if not _is_one(grad_value):
             grads = torch._foreach_mul(grads, grad_value)
-        needs = ctx.needs_input_grad[4:]
-        return (None, None, None, None, *(g if need else None for g, need in zip(grads, needs, strict=True)))
+        needs = ctx.needs_input_grad[1:]
+        return (None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
 
 
-def _launch(
-    matrices: Sequence[Tensor], *, weight: float, squared: bool, backend: Any, n_A: int, need_grad: bool
-) -> tuple[Tensor, list[Tensor]]:
-    chosen = select("orthogonality", matrices[0].device.type, matrices[0].dtype, 0, backend).backend
-    launch = implementation("orthogonality", chosen).orthogonality
-    result: tuple[Tensor, list[Tensor]] = launch(matrices[:n_A], matrices[n_A:], weight, squared, need_grad)
-    return result
+class _AccumulatedOrthogonality(torch.autograd.Function):
+    """The gradient's way round autograd. The one matrix that autograd sees makes the value part of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, term: _Term, trained: Tensor) -> Tensor:
+        ctx.term = term
+        return term.value(need_grad=any(ctx.needs_input_grad))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_value: Tensor) -> tuple[None, None]:
+        (leaf, _), *_ = ctx.next_functions
+        try:
+            torch._C._will_engine_execute_node(leaf)
+        except RuntimeError:
+            raise RuntimeError(
+                "orthogonality: torch.autograd.grad can't have this term's gradient, which is added to .grad when "
+                "backward() ends; leave the term out of that loss, or make it without accumulate=True"
+            ) from None
+        term = ctx.term
+        engine = torch.autograd.Variable._execution_engine
+
+        def add() -> None:
+            with torch.no_grad():
+                term.accumulate(grad_value)
+
+        # Queued again when its turn comes: what others queue meanwhile, such as DistributedDataParallel's wait for its
+        # reductions, then comes first.
+        engine.queue_callback(lambda: engine.queue_callback(add))
+        return None, None
 
 
-__all__ = ["orthogonality_loss"]
+__all__ = ["can_accumulate", "orthogonality_loss"]

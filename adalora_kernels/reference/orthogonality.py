@@ -54,4 +54,10 @@ def orthogonality(
     return value, grads
 
 
-__all__ = ["orthogonality"]
+def add_scaled(targets: Sequence[Tensor], terms: Sequence[Tensor], scale: Tensor) -> None:
+    """targets += scale · terms, over lists of tensors of equal shapes; scale has one element."""
+    for target, term in zip(targets, terms, strict=True):
+        target.add_(term * scale.to(term.dtype))
+
+
+__all__ = ["add_scaled", "orthogonality"]

@@ -1,4 +1,4 @@
-// The dtypes of parameters, as the launchers in backends/native.py number them.
+// The dtypes of parameters.
 #pragma once
 
 #include <cstdint>

@@ -5,8 +5,8 @@
 // The sweep is cut into items of whole rows of A and of B, by the layout alone; each leaves its sums to itself, and
 // they are added up in the layout's order. So neither the number of threads nor their timing can change a bit.
 //
-// Table `shapes`: R, K, N of each layer. Table `tensors`, for A₀, E₀, B₀, A₁, …: address and dtype of the parameter,
-// address (0: no gradient) and dtype of its gradient; all contiguous.
+// Table `shapes`: R, K, N of each layer. The parameters come as A₀, E₀, B₀, A₁, …; a gradient without elements stands
+// for one that is missing.
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -71,7 +71,7 @@ std::vector<Item> cut(const int64_t* shapes, int64_t layers, std::vector<double>
 
 template <typename T>
 struct Sweep {
-  const int64_t *param, *param_dtype, *grad, *grad_dtype;
+  const std::vector<Operand>&params, &grads;
   const T *average, *uncertainty;
   T *new_average, *new_uncertainty;
   Smoothing<T> smoothing;
@@ -79,16 +79,15 @@ struct Sweep {
 
   // A range of an item, at most a segment: its sums per position of the period are left in `scratch`.
   bool segment(const Item& item, int64_t begin, int64_t count, T* scratch) const {
-    const auto at = [begin = item.begin + begin](int64_t address, DType dtype) {
-      return reinterpret_cast<const char*>(address) + begin * size_of(dtype);
+    const auto at = [begin = item.begin + begin](const Operand& operand) {
+      return static_cast<const char*>(operand.data) + begin * size_of(operand.dtype);
     };
-    const DType dtype = static_cast<DType>(param_dtype[item.tensor]);
-    const DType gradient_dtype = static_cast<DType>(grad_dtype[item.tensor]);
-    const int64_t address = grad[item.tensor], offset = item.offset + begin;
+    const Operand &param = params[item.tensor], &grad = grads[item.tensor];
+    const int64_t offset = item.offset + begin;
     std::fill(scratch, scratch + item.period, T{});
-    const void* gradient = address == 0 ? nullptr : at(address, gradient_dtype);
-    return run({at(param[item.tensor], dtype), gradient, dtype, gradient_dtype, average + offset, uncertainty + offset,
-                new_average + offset, new_uncertainty + offset, count, scratch, item.period, scratch + item.period},
+    return run({at(param), grad.data == nullptr ? nullptr : at(grad), param.dtype, grad.dtype, average + offset,
+                uncertainty + offset, new_average + offset, new_uncertainty + offset, count, scratch, item.period,
+                scratch + item.period},
                smoothing);
   }
 
@@ -140,15 +139,14 @@ void commit(const std::vector<Item>& items, const int64_t* shapes, int64_t layer
 }
 
 template <typename T>
-bool update(const Tensor& state, int32_t* half, const Tensor& scores, const int64_t* shapes, const int64_t* tensors,
-            int64_t layers, int64_t elements, const Smoothing<T>& smoothing,
-            bool (*run)(const Run<T>&, const Smoothing<T>&)) {
+bool update(const Tensor& state, int32_t* half, const Tensor& scores, const int64_t* shapes, int64_t layers,
+            const std::vector<Operand>& params, const std::vector<Operand>& grads, int64_t elements,
+            const Smoothing<T>& smoothing, bool (*run)(const Run<T>&, const Smoothing<T>&)) {
   std::vector<double> sums;
   const std::vector<Item> items = cut(shapes, layers, sums);
   T* data = static_cast<T*>(state.mutable_data_ptr());
   T *old = data + *half * 2 * elements, *fresh = data + (1 - *half) * 2 * elements;
-  const Sweep<T> sweep{tensors,       tensors + 3 * layers, tensors + 6 * layers, tensors + 9 * layers, old,
-                       old + elements, fresh,               fresh + elements,     smoothing,            run};
+  const Sweep<T> sweep{params, grads, old, old + elements, fresh, fresh + elements, smoothing, run};
   int64_t longest = kRowPeriod;
   for (const Item& item : items) longest = std::max(longest, item.period);
   std::atomic<bool> finite{true};
@@ -168,12 +166,11 @@ bool update(const Tensor& state, int32_t* half, const Tensor& scores, const int6
 
 }  // namespace
 
-Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& tensors,
-                         double beta1, double beta2) {
+Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, std::vector<Tensor> params,
+                         std::vector<Tensor> grads, double beta1, double beta2) {
   const ScalarType dtype = state.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "state: expected float32 or float64");
   const int64_t layers = check_table(shapes, 3, "shapes");
-  STD_TORCH_CHECK(check_table(tensors, 4, "tensors") == 3 * layers, "tensors: expected ", 3 * layers, " columns");
   const int64_t* sizes = static_cast<const int64_t*>(shapes.const_data_ptr());
   int64_t elements = 0, rank = 0;
   for (int64_t i = 0; i < layers; ++i) {
@@ -185,12 +182,15 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
   check_contiguous(half, ScalarType::Int, 1, "half");
   int32_t* current = static_cast<int32_t*>(half.mutable_data_ptr());
   STD_TORCH_CHECK(*current == 0 || *current == 1, "half: expected 0 or 1, got ", *current);
-  const int64_t* table = static_cast<const int64_t*>(tensors.const_data_ptr());
+  const std::vector<Operand> read_params = operands_of(params, sizes, layers, state, "params");
+  const std::vector<Operand> read_grads = operands_of(grads, sizes, layers, state, "grads");
   const auto& kernels = ADALORA_KERNELS(importance_kernels);
   const bool taken =
       dtype == ScalarType::Double
-          ? update<double>(state, current, scores, sizes, table, layers, elements, {beta1, beta2}, kernels.run_double)
-          : update<float>(state, current, scores, sizes, table, layers, elements, {beta1, beta2}, kernels.run_float);
+          ? update<double>(state, current, scores, sizes, layers, read_params, read_grads, elements, {beta1, beta2},
+                           kernels.run_double)
+          : update<float>(state, current, scores, sizes, layers, read_params, read_grads, elements, {beta1, beta2},
+                          kernels.run_float);
   Tensor finite = torch::stable::empty({1}, ScalarType::Bool);
   *static_cast<bool*>(finite.mutable_data_ptr()) = taken;
   return finite;

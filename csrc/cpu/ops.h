@@ -1,9 +1,10 @@
-// The CPU ops that registration.cpp registers. Tables are int64 [rows, count] on the CPU; the op's file names the rows.
+// The CPU ops that registration.cpp registers. `shapes` is int64 [3, layers] on the CPU: R, K, N of each layer.
 #pragma once
 
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "common/checks.h"
 
@@ -11,11 +12,14 @@ namespace adalora::cpu {
 
 std::string instruction_set();
 
-Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& tensors,
-                         double beta1, double beta2);
-Tensor mask_to_budget(const Tensor& scores, Tensor live, const Tensor& enabled, const Tensor& values, int64_t budget);
-void zero_pruned(const Tensor& live, const Tensor& values);
-Tensor orthogonality(const Tensor& matrices, double factor, bool squared, bool fp64);
+Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, std::vector<Tensor> params,
+                         std::vector<Tensor> grads, double beta1, double beta2);
+Tensor mask_to_budget(const Tensor& scores, Tensor live, const Tensor& enabled, std::vector<Tensor> values,
+                      int64_t budget);
+void zero_pruned(const Tensor& live, std::vector<Tensor> values);
+Tensor orthogonality(std::vector<Tensor> lora_A, std::vector<Tensor> lora_B, double factor, bool squared,
+                     std::vector<Tensor> grads);
+void add_scaled(std::vector<Tensor> targets, std::vector<Tensor> terms, double scale);
 Tensor dropout(const Tensor& x, int64_t threshold, double scale, const Tensor& seed);
 Tensor lowrank_forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_E, const Tensor& lora_B,
                        std::optional<Tensor> mask, double scaling, Tensor y);

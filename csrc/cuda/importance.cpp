@@ -1,5 +1,4 @@
-// Host side of the importance sweep: checks, and the launches' arguments from the launcher's tables
-// (csrc/cpu/importance.cpp names their rows).
+// Host side of the importance sweep: checks, and the launches' arguments (as in csrc/cpu/importance.cpp).
 #include "cuda/importance.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -19,7 +18,8 @@ struct Plan {
   int64_t elements = 0, rank = 0, blocks = 0, sums = 0;
 };
 
-Plan plan_of(const int64_t* sizes, const int64_t* tensors, int64_t layers) {
+Plan plan_of(const int64_t* sizes, int64_t layers, const std::vector<Operand>& params,
+             const std::vector<Operand>& grads) {
   constexpr int64_t limit = std::numeric_limits<int32_t>::max();
   Plan plan;
   for (int64_t i = 0; i < layers; ++i) {
@@ -30,11 +30,11 @@ Plan plan_of(const int64_t* sizes, const int64_t* tensors, int64_t layers) {
     Layers& launch = plan.launches.back();
     Layer& layer = launch.layer[launch.count++];
     for (int64_t part = 0; part < 3; ++part) {
-      const int64_t *column = tensors + 3 * i + part, rows = 3 * layers;
-      layer.param[part] = reinterpret_cast<const void*>(column[0]);
-      layer.param_dtype[part] = static_cast<uint8_t>(column[rows]);
-      layer.grad[part] = reinterpret_cast<const void*>(column[2 * rows]);
-      layer.grad_dtype[part] = static_cast<uint8_t>(column[3 * rows]);
+      const Operand &param = params[3 * i + part], &grad = grads[3 * i + part];
+      layer.param[part] = param.data;
+      layer.param_dtype[part] = static_cast<uint8_t>(param.dtype);
+      layer.grad[part] = grad.data;
+      layer.grad_dtype[part] = static_cast<uint8_t>(grad.dtype);
     }
     layer.offset = plan.elements;
     layer.r = static_cast<int32_t>(r);
@@ -55,8 +55,8 @@ Plan plan_of(const int64_t* sizes, const int64_t* tensors, int64_t layers) {
 
 }  // namespace
 
-Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& tensors,
-                         double beta1, double beta2) {
+Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, std::vector<Tensor> params,
+                         std::vector<Tensor> grads, double beta1, double beta2) {
   const ScalarType dtype = state.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "state: expected float32 or float64");
   const int32_t device = state.get_device_index();
@@ -64,9 +64,9 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
                       scores.get_device_index() == device,
                   "state, half, scores: expected one CUDA device");
   const int64_t layers = check_table(shapes, 3, "shapes");
-  STD_TORCH_CHECK(check_table(tensors, 4, "tensors") == 3 * layers, "tensors: expected ", 3 * layers, " columns");
-  const Plan plan = plan_of(static_cast<const int64_t*>(shapes.const_data_ptr()),
-                            static_cast<const int64_t*>(tensors.const_data_ptr()), layers);
+  const int64_t* sizes = static_cast<const int64_t*>(shapes.const_data_ptr());
+  const Plan plan = plan_of(sizes, layers, operands_of(params, sizes, layers, state, "params"),
+                            operands_of(grads, sizes, layers, state, "grads"));
   check_contiguous(state, dtype, 4 * plan.elements, "state");
   check_contiguous(scores, dtype, plan.rank, "scores");
   check_contiguous(half, ScalarType::Int, 1, "half");

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adalora_kernels.ops.allocation import mask_to_budget, zero_pruned
 from adalora_kernels.ops.importance import TripletLayout, importance_update
-from adalora_kernels.ops.orthogonality import orthogonality_loss
+from adalora_kernels.ops.orthogonality import can_accumulate, orthogonality_loss
 
 LAYOUT = TripletLayout(((3, 5, 4), (0, 5, 2), (2, 7, 6)))
 
@@ -135,3 +135,47 @@ def test_orthogonality_twice_through_a_kept_graph(backend: str) -> None:
         g.zero_()
     for got, want in zip(torch.autograd.grad(value, [a, b]), kept, strict=True):
         assert torch.equal(got, want)
+
+
+def leaves() -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    lora_A = [torch.randn(3, 5, generator=generator).requires_grad_() for _ in range(2)]
+    lora_B = [torch.randn(6, 3, generator=generator).requires_grad_() for _ in range(2)]
+    return lora_A, lora_B
+
+
+@pytest.mark.parametrize("backend", ("reference", "native"))
+@pytest.mark.parametrize("scale", (1.0, 4.0))
+@pytest.mark.parametrize("others", ("none", "some", "all"))
+def test_accumulated_orthogonality_is_autograds(backend: str, scale: float, others: str) -> None:
+    """The gradient added at the end of the backward equals autograd's, beside other gradients or alone."""
+    results = []
+    for accumulate in (False, True):
+        lora_A, lora_B = leaves()
+        matrices = [*lora_A, *lora_B]
+        lora_A[1].requires_grad_(False)
+        loss = scale * orthogonality_loss(lora_A, lora_B, 0.3, accumulate=accumulate, backend=backend)
+        for m in {"none": [], "some": matrices[2:], "all": matrices}[others]:
+            loss = loss + (m**2).sum()
+        for _ in range(2):  # the second time into gradients that are there
+            loss.backward(retain_graph=True)
+        assert matrices[1].grad is None
+        results.append([m.grad for m in matrices if m.requires_grad])
+    for ours, autograds in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, autograds)
+
+
+def test_accumulated_orthogonality_refuses() -> None:
+    """What it can't do raises; hooks and non-leaves are left to autograd."""
+    lora_A, lora_B = leaves()
+    value = orthogonality_loss(lora_A, lora_B, 0.3, accumulate=True)
+    with pytest.raises(RuntimeError, match=r"torch\.autograd\.grad can't have this term's gradient"):
+        torch.autograd.grad(value, [*lora_A, *lora_B])
+    assert all(m.grad is None for m in (*lora_A, *lora_B))
+    with pytest.raises(ValueError, match="accumulate: expected distinct leaves"):
+        orthogonality_loss([lora_A[0], lora_A[0]], lora_B, 0.3, accumulate=True)
+    assert can_accumulate((*lora_A, *lora_B)) and not can_accumulate([lora_A[0] * 2.0])
+    lora_B[1].register_post_accumulate_grad_hook(lambda p: None)
+    assert not can_accumulate(lora_B)
+    lora_A[1].register_hook(lambda g: g)
+    assert not can_accumulate(lora_A)

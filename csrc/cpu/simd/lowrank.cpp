@@ -24,16 +24,6 @@ constexpr int kPair = 2;
 constexpr int64_t kPiece = 1024;  // numbers of a row per dot product
 constexpr int kAhead = 128;       // numbers of a row from use to prefetch
 
-ADALORA_INLINE V multiply_add(V a, V b, V c) {
-#if defined(__AVX512F__)
-  return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-  return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
 // out (+)= value, of which the first `count` numbers unless it is Whole. Sums are added in one go, so that they are
 // rounded once to the size of what is there.
 template <bool Whole>

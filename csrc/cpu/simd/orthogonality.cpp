@@ -8,7 +8,9 @@ namespace adalora::cpu::ADALORA_ISA {
 namespace {
 
 constexpr int kTile = 4;         // rows of A against rows of A
-constexpr int kRows = 8;         // rows of B at a time
+constexpr int kRows = 8;         // rows of B · D at a time
+constexpr int kGathered = 4;     // rows of Bᵀ B come in so many, up to kMostGathered at a time
+constexpr int kMostGathered = 12;
 constexpr int64_t kFold = 1024;  // rows of B summed in T before they go on in fp64,
 constexpr int64_t kStep = 64;    // in steps of so many rows, against rounding
 
@@ -23,7 +25,7 @@ ADALORA_INLINE void gram_tile(const T* const* left, const T* const* right, int64
     for (int j = 0; j < kTile; ++j) r[j] = load(right[j] + k);
     for (int i = 0; i < kTile; ++i) {
       const Vec<T> l = load(left[i] + k);
-      for (int j = 0; j < kTile; ++j) acc[i][j] += l * r[j];
+      for (int j = 0; j < kTile; ++j) acc[i][j] = multiply_add(l, r[j], acc[i][j]);
     }
   }
   if (k < count) {
@@ -64,32 +66,47 @@ ADALORA_INLINE int64_t readable_rows(int64_t rank, int64_t length) {
   return last < 0 ? 0 : last / rank + 1;
 }
 
-// C[i, j…] += Σ_n B[n, i] B[n, j…], vectors along j. Lanes and rows past the rank hold what follows in memory: dropped.
+// C[i, j…] += Σ_n B[n, i] B[n, j…] for Rows rows from i0 and one vector from j0 on. Lanes and rows past the rank hold
+// what follows in memory: dropped.
+template <typename T, int Rows>
+ADALORA_INLINE void gram_block(const T* b, int64_t rank, int64_t safe, int64_t begin, int64_t end, int64_t i0,
+                               int64_t j0, double* gram) {
+  const int64_t whole = end < safe ? end : safe;
+  Vec<T> acc[Rows] = {};
+  int64_t n = begin;
+  while (n < whole) {
+    const int64_t stop = n + kStep < whole ? n + kStep : whole;
+    Vec<T> part[Rows] = {};
+    for (; n < stop; ++n) {
+      const Vec<T> row = load(b + n * rank + j0);
+      for (int i = 0; i < Rows; ++i) part[i] = multiply_add(splat(b[n * rank + i0 + i]), row, part[i]);
+    }
+    for (int i = 0; i < Rows; ++i) acc[i] += part[i];
+  }
+  for (; n < end; ++n) {
+    const Vec<T> row = load_first(b + n * rank + j0, rank - j0);
+    for (int i = 0; i < Rows; ++i)
+      if (i0 + i < rank) acc[i] += b[n * rank + i0 + i] * row;
+  }
+  for (int64_t i = 0; i < Rows && i0 + i < rank; ++i)
+    for (int64_t j = 0; j < kLanes<T> && j0 + j < rank; ++j) gram[(i0 + i) * rank + j0 + j] += acc[i][j];
+}
+
+// C[i, j…] += Σ_n B[n, i] B[n, j…] for the rows n of a slab, vectors along j.
 template <typename T>
 ADALORA_INLINE void gram_slab(const T* b, int64_t rank, int64_t safe, int64_t begin, int64_t end, double* gram) {
   constexpr int lanes = kLanes<T>;
-  const int64_t whole = end < safe ? end : safe;
-  for (int64_t i0 = 0; i0 < rank; i0 += kRows) {
+  for (int64_t i0 = 0; i0 < rank;) {
+    const int64_t left = (rank - i0 + kGathered - 1) / kGathered * kGathered;
+    const int64_t rows = left < kMostGathered ? left : kMostGathered;
     for (int64_t j0 = i0 / lanes * lanes; j0 < rank; j0 += lanes) {
-      Vec<T> acc[kRows] = {};
-      int64_t n = begin;
-      while (n < whole) {
-        const int64_t stop = n + kStep < whole ? n + kStep : whole;
-        Vec<T> part[kRows] = {};
-        for (; n < stop; ++n) {
-          const Vec<T> row = load(b + n * rank + j0);
-          for (int i = 0; i < kRows; ++i) part[i] += b[n * rank + i0 + i] * row;
-        }
-        for (int i = 0; i < kRows; ++i) acc[i] += part[i];
+      switch (rows) {
+        case 4: gram_block<T, 4>(b, rank, safe, begin, end, i0, j0, gram); break;
+        case 8: gram_block<T, 8>(b, rank, safe, begin, end, i0, j0, gram); break;
+        default: gram_block<T, kMostGathered>(b, rank, safe, begin, end, i0, j0, gram);
       }
-      for (; n < end; ++n) {
-        const Vec<T> row = load_first(b + n * rank + j0, rank - j0);
-        for (int i = 0; i < kRows; ++i)
-          if (i0 + i < rank) acc[i] += b[n * rank + i0 + i] * row;
-      }
-      for (int64_t i = 0; i < kRows && i0 + i < rank; ++i)
-        for (int64_t j = 0; j < lanes && j0 + j < rank; ++j) gram[(i0 + i) * rank + j0 + j] += acc[i][j];
     }
+    i0 += rows;
   }
 }
 
@@ -114,8 +131,8 @@ void times_rows(const T* d, const T* a, int64_t rank, int64_t length, T* out) {
         const Vec<T> first = load(a + j * length + k), second = load(a + j * length + k + lanes);
         for (int i = 0; i < kTile; ++i) {
           const T factor = d[j * stride + i0 + i];
-          acc[i][0] += factor * first;
-          acc[i][1] += factor * second;
+          acc[i][0] = multiply_add(splat(factor), first, acc[i][0]);
+          acc[i][1] = multiply_add(splat(factor), second, acc[i][1]);
         }
       }
       for (int64_t i = 0; i < kTile && i0 + i < rank; ++i)
@@ -143,7 +160,7 @@ void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out)
       Vec<T> acc[kRows] = {};
       for (int64_t i = 0; i < rank; ++i) {
         const Vec<T> row = load(d + i * stride);
-        for (int t = 0; t < kRows; ++t) acc[t] += b[(n + t) * rank + i] * row;
+        for (int t = 0; t < kRows; ++t) acc[t] = multiply_add(splat(b[(n + t) * rank + i]), row, acc[t]);
       }
       for (int t = 0; t < kRows; ++t) store(out + (n + t) * rank, acc[t]);
     }
@@ -155,7 +172,7 @@ void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out)
         Vec<T> acc[kRows] = {};
         for (int64_t i = 0; i < rank; ++i) {
           const Vec<T> row = load(d + i * stride + j);
-          for (int t = 0; t < kRows; ++t) acc[t] += b[(n + t) * rank + i] * row;
+          for (int t = 0; t < kRows; ++t) acc[t] = multiply_add(splat(b[(n + t) * rank + i]), row, acc[t]);
         }
         for (int t = 0; t < kRows; ++t) store(out + (n + t) * rank + j, acc[t]);
       }
@@ -169,12 +186,33 @@ void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out)
     }
 }
 
+template <typename T>
+void add_scaled(void* out, const void* in, DType dtype, T scale, int64_t count) {
+  if (dtype == dtype_of<T>::value) {
+    T* __restrict sum = static_cast<T*>(out);
+    const T* __restrict term = static_cast<const T*>(in);
+    for (int64_t i = 0; i < count; ++i) sum[i] += scale * term[i];
+    return;
+  }
+  T sum[kRowBlock], term[kRowBlock];
+  for (int64_t begin = 0; begin < count; begin += kRowBlock) {
+    const int64_t some = count - begin < kRowBlock ? count - begin : kRowBlock;
+    void* place = static_cast<char*>(out) + begin * size_of(dtype);
+    widen(sum, place, dtype, some);
+    widen(term, static_cast<const char*>(in) + begin * size_of(dtype), dtype, some);
+    for (int64_t i = 0; i < some; ++i) sum[i] += scale * term[i];
+    narrow(place, dtype, sum, some);
+  }
+}
+
 }  // namespace
 
 extern const OrthogonalityKernels orthogonality_kernels;
 const OrthogonalityKernels orthogonality_kernels = {
-    {gram_rows<float>, gram_columns<float>, times_rows<float>, times_columns<float>, widen<float>, narrow<float>},
-    {gram_rows<double>, gram_columns<double>, times_rows<double>, times_columns<double>, widen<double>, narrow<double>},
+    {gram_rows<float>, gram_columns<float>, times_rows<float>, times_columns<float>, widen<float>, narrow<float>,
+     add_scaled<float>},
+    {gram_rows<double>, gram_columns<double>, times_rows<double>, times_columns<double>, widen<double>,
+     narrow<double>, add_scaled<double>},
 };
 
 }  // namespace adalora::cpu::ADALORA_ISA

@@ -60,6 +60,32 @@ ADALORA_INLINE double sum(Vec<T> value) {
   return total;
 }
 
+// a · b + c, rounded once where the instruction set can: for sums of products alone, whose bits may differ between sets.
+ADALORA_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+ADALORA_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <typename T>
+ADALORA_INLINE Vec<T> splat(T value) {
+  return value - Vec<T>{};
+}
+
 // Products of the low 32 bits of each lane: one instruction on x86, which compilers don't find on their own.
 ADALORA_INLINE Vec<uint64_t> multiply_low(Vec<uint64_t> a, Vec<uint64_t> b) {
 #if defined(__AVX512F__)
