@@ -31,7 +31,7 @@ from adalora_kernels.integrations.rank_pattern import (
     spread,
 )
 from adalora_kernels.integrations.svd_layer import fuse_layer
-from adalora_kernels.ops.orthogonality import orthogonality_loss
+from adalora_kernels.ops.orthogonality import can_accumulate, orthogonality_loss
 
 
 @dataclass
@@ -102,14 +102,16 @@ class FusedAdaLoraModel(AdaLoraModel):
             return torch.zeros(())
         backend = self._backend_of("orthogonality")
         devices = {a.device for a in lora_A}
+        at_once = can_accumulate((*lora_A, *lora_B))
         if len(devices) == 1:
-            total = orthogonality_loss(lora_A, lora_B, weight, backend=backend)
+            total = orthogonality_loss(lora_A, lora_B, weight, accumulate=at_once, backend=backend)
         else:
             total = torch.zeros((), device=lora_A[0].device)
             for device in devices:
                 some = [i for i, a in enumerate(lora_A) if a.device == device]
                 share = weight * len(some) / len(lora_A)
-                term = orthogonality_loss([lora_A[i] for i in some], [lora_B[i] for i in some], share, backend=backend)
+                matrices = ([lora_A[i] for i in some], [lora_B[i] for i in some])
+                term = orthogonality_loss(*matrices, share, accumulate=at_once, backend=backend)
                 total = total + term.to(total.device)
         self.last_orthogonality = total.detach()
         return total
