@@ -122,6 +122,15 @@ def _parse(backend: str | None) -> Request | None:
     return Request(known, plan)
 
 
+def plans_of(backend: Backend) -> tuple[str, ...]:
+    """The plans of ``backend``'s layer as ``parse`` takes them, forward and backward apart; none where there is one."""
+    if backend is not Backend.TRITON:
+        return ()
+    from adalora_kernels.backends.triton import plans
+
+    return (*plans.FORWARD, *(f"/{name}" for name in plans.BACKWARD))
+
+
 def unsuitable(backend: Backend, op: str, device_type: str, dtype: torch.dtype, rank: int) -> str | None:
     """Why ``backend`` can't compute ``op`` for such tensors on any machine, or None if it can."""
     if not offers(backend, op):
@@ -249,6 +258,7 @@ __all__ = [
     "offers",
     "parse",
     "parse_request",
+    "plans_of",
     "select",
     "unavailable_reason",
     "unsuitable",

@@ -1,5 +1,8 @@
 """``adalora-kernels check``: every operation of every backend that can run here, forward and backward, against fp64.
 
+Of a layer that has several plans every one is run, each forward with the backward of the automatic choice and each
+backward with its forward.
+
 Held to the error budget of the tests: a result may be twice as far from fp64 as the plain PyTorch expression of the
 same dtype is, plus one rounding of the result's dtype.
 """
@@ -16,10 +19,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adalora_kernels import svd_linear
-from adalora_kernels.backends.select import Backend, unavailable_reason, unsuitable
+from adalora_kernels.backends.select import Backend, plans_of, unavailable_reason, unsuitable
 from adalora_kernels.ops.allocation import mask_to_budget
 from adalora_kernels.ops.importance import TripletLayout, importance_update
 from adalora_kernels.ops.orthogonality import orthogonality_loss
+from adalora_kernels.ops.svd_linear import svd_linear_into
 
 # Ragged, so that every tile has a rest; small enough for Triton's interpreter.
 _M, _K, _N, _R = 70, 100, 130, 12
@@ -78,7 +82,7 @@ def main(_: argparse.Namespace) -> int:
             if reason is not None:
                 print(f"skipped  {backend.value} on {device}: {reason}")
                 continue
-            for label, op, dtype, operation in _checks():
+            for label, op, dtype, operation in _checks(backend):
                 if unsuitable(backend, op, device, dtype, _R) is None:
                     passed, line = _judged(operation, backend, device)
                     held, failed = held + passed, failed + (not passed)
@@ -90,10 +94,12 @@ def main(_: argparse.Namespace) -> int:
 Operation = Callable[[Backend, str], Iterator[Result]]
 
 
-def _checks() -> Iterator[tuple[str, str, torch.dtype, Operation]]:
-    for x_dtype, adapter_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
-        label = f"svd_linear {str(x_dtype)[6:]}, {str(adapter_dtype)[6:]} adapters"
-        yield label, "svd_linear", x_dtype, partial(_layer, x_dtype, adapter_dtype)
+def _checks(backend: Backend) -> Iterator[tuple[str, str, torch.dtype, Operation]]:
+    for plan in plans_of(backend) or ("",):
+        for x_dtype, adapter_dtype in ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+            label = f"svd_linear {str(x_dtype)[6:]}, {str(adapter_dtype)[6:]} adapters"
+            operation = partial(_layer, x_dtype, adapter_dtype, plan)
+            yield f"{label}, plan {plan}" if plan else label, "svd_linear", x_dtype, operation
     yield "importance", "importance", torch.float32, _importance
     yield "masking", "allocation", torch.float32, _masking
     yield "orthogonality", "orthogonality", torch.float32, _orthogonality
@@ -114,8 +120,11 @@ def _normal(generator: torch.Generator, *shape: int, std: float = 1.0) -> Tensor
     return torch.randn(*shape, generator=generator, dtype=torch.float64) * std
 
 
-def _layer(x_dtype: torch.dtype, adapter_dtype: torch.dtype, backend: Backend, device: str) -> Iterator[Result]:
+def _layer(
+    x_dtype: torch.dtype, adapter_dtype: torch.dtype, plan: str, backend: Backend, device: str
+) -> Iterator[Result]:
     """Output and the gradients of x, A, E and B."""
+    name = f"{backend.value}:{plan}" if plan else backend
     g = torch.Generator().manual_seed(0)
     values = [
         _normal(g, _M, _K).to(x_dtype),
@@ -135,7 +144,9 @@ def _layer(x_dtype: torch.dtype, adapter_dtype: torch.dtype, backend: Backend, d
         return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
     def fused(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, e: Tensor, b: Tensor) -> Tensor:
-        return svd_linear(x, weight, a, e, b, bias=bias, scaling=_SCALING, backend=backend)
+        if plan == "delta":  # the one that takes a base's output in place of a weight
+            return svd_linear_into(F.linear(x, weight, bias), x, a, e, b, scaling=_SCALING, backend=name)
+        return svd_linear(x, weight, a, e, b, bias=bias, scaling=_SCALING, backend=name)
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, e: Tensor, b: Tensor) -> Tensor:
         low_rank = (x @ a.to(x.dtype).t()) * (_SCALING * e.t()).to(x.dtype)

@@ -12,7 +12,7 @@ import torch
 
 from adalora_kernels import __version__, explain
 from adalora_kernels.backends import native
-from adalora_kernels.backends.select import ENVIRONMENT_VARIABLE, Backend, unavailable_reason
+from adalora_kernels.backends.select import ENVIRONMENT_VARIABLE, Backend, plans_of, unavailable_reason
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "tokenizers", "numpy")
 _EXTENSIONS = {"_C": "cpu", "_C_cuda": "cuda"}
@@ -74,6 +74,8 @@ def backends() -> Iterator[str]:
             if reason is None and device == "cuda" and not torch.cuda.is_available():
                 reason = "there is no GPU"
             yield f"{backend.value} on {device}: {'can run' if reason is None else f'cannot run, {reason}'}"
+        if plans := plans_of(backend):
+            yield f"{backend.value}'s plans of the layer, as in {backend.value}:forward/backward: {', '.join(plans)}"
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     yield f"{ENVIRONMENT_VARIABLE}: {named or 'not set, the choice is automatic'}"
 

@@ -17,6 +17,7 @@ from adalora_kernels.backends.select import (
     offers,
     parse,
     parse_request,
+    plans_of,
     select,
 )
 
@@ -115,6 +116,13 @@ def test_unknown_plans(backend: str, message: str) -> None:
     for call in (parse, parse_request, lambda name: select("svd_linear", "cpu", torch.float32, 8, name)):
         with pytest.raises(ValueError, match=message):
             call(backend)
+
+
+def test_plans_of_a_backend_are_what_it_can_be_asked_for() -> None:
+    assert {"one_pass", "delta", "/split"} <= set(plans_of(Backend.TRITON))
+    assert not plans_of(Backend.NATIVE) and not plans_of(Backend.REFERENCE)
+    for plan in plans_of(Backend.TRITON):
+        assert parse_request(f"triton:{plan}") == Request(Backend.TRITON, plan)
 
 
 def test_backend_that_is_no_name() -> None:
