@@ -7,7 +7,7 @@ ifeq ($(shell uname),Linux)
 SECOND_TRITON := build/triton-3.6
 endif
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench gpu clean
 
 setup: .venv/.installed $(SECOND_TRITON:=/.installed)
 
@@ -36,6 +36,11 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.cpu
+
+# On a machine with a GPU, with its own python3 and packages. DRY=1 interprets tiny shapes; PART=i/n is a share of the
+# full sweep, PART=questions what decides between designs.
+gpu: $(if $(DRY),setup)
+	$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(DRY),--dry) $(if $(PART),--part $(PART))
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-output adalora_kernels/*.so

@@ -27,13 +27,26 @@ class Sample:
         return cls(statistics.median(seconds), fifths[0], fifths[3])
 
 
-def interleave(contestants: Mapping[str, Contestant], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+def wall_seconds(run: Callable[[], object]) -> float:
+    """Host time of one run."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def interleave(
+    contestants: Mapping[str, Contestant],
+    rounds: int,
+    warmup: int = 3,
+    clock: Callable[[Callable[[], object]], float] = wall_seconds,
+) -> dict[str, list[float]]:
     """Time each contestant once per round, in an order that rotates.
 
     Args:
         contestants: for each name a function that prepares one run, untimed, and returns the run to be timed.
         rounds: timed rounds.
         warmup: rounds thrown away first.
+        clock: the seconds that a run takes.
 
     Returns:
         The seconds of each contestant, by round.
@@ -46,10 +59,7 @@ def interleave(contestants: Mapping[str, Contestant], rounds: int, warmup: int =
         for i in range(warmup + rounds):
             for j in range(len(names)):
                 name = names[(i + j) % len(names)]
-                run = contestants[name]()
-                start = time.perf_counter()
-                run()
-                elapsed = time.perf_counter() - start
+                elapsed = clock(contestants[name]())
                 if i >= warmup:
                     seconds[name].append(elapsed)
     finally:
@@ -62,4 +72,4 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-__all__ = ["Contestant", "Sample", "interleave", "ratio"]
+__all__ = ["Contestant", "Sample", "interleave", "ratio", "wall_seconds"]

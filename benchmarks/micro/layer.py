@@ -15,11 +15,15 @@ from benchmarks.timing import Contestant, Sample, interleave, ratio
 ALPHA = 16.0
 
 
-class _AddmmByHand(torch.autograd.Function):
-    """What a careful user would write: the products as they come, accumulated with addmm_."""
+class AddmmByHand(torch.autograd.Function):
+    """What a careful user would write: the products as they come, accumulated with addmm_; the adapter in x's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor, a: Tensor, e: Tensor, b: Tensor, c: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, e: Tensor, b: Tensor, c: float
+    ) -> Tensor:
+        ctx.adapter_dtype = a.dtype
+        a, e, b = (t.to(x.dtype) for t in (a, e, b))
         y = F.linear(x, w, bias)
         u = x @ a.t()
         y.addmm_(u * (c * e.view(-1)), b.t())
@@ -34,7 +38,8 @@ class _AddmmByHand(torch.autograd.Function):
         v = (g @ b) * lam
         t = g.t() @ u
         dx = (g @ w).addmm_(v, a)
-        return dx, None, None, v.t() @ x, ctx.c * (b * t).sum(0).view_as(e), t * lam, None
+        da, de, db = v.t() @ x, ctx.c * (b * t).sum(0).view_as(e), t * lam
+        return dx, None, None, *(t.to(ctx.adapter_dtype) for t in (da, de, db)), None
 
 
 def peft_layer(k: int, n: int, r: int) -> Any:
@@ -74,7 +79,7 @@ def measure(k: int, n: int, m: int, r: int, dtype: torch.dtype, threads: int, ro
         "frozen": lambda x: F.linear(x, w, bias),
         "ours": lambda x: svd_linear(x, w, *adapter, bias=bias, scaling=c),
         "peft": layer,
-        "addmm_": lambda x: _AddmmByHand.apply(x, w, bias, *adapter, c),
+        "addmm_": lambda x: AddmmByHand.apply(x, w, bias, *adapter, c),
     }
     check_equal(calls, xs[0], gs[0], adapter)
 
@@ -115,4 +120,4 @@ def check_equal(calls: dict[str, Callable[[Tensor], Tensor]], x: Tensor, g: Tens
                 raise AssertionError(f"{name} differs from PEFT's layer by {difference:.2e}")
 
 
-__all__ = ["floor", "measure", "peft_layer"]
+__all__ = ["AddmmByHand", "floor", "measure", "peft_layer"]

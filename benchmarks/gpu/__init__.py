@@ -1,0 +1,1 @@
+"""``python3 -m benchmarks.gpu``: the layer's GPU kernels, checked and then timed against what they replace."""

@@ -1,0 +1,189 @@
+"""``python3 -m benchmarks.gpu``: correctness first, then the core set of timings, then the record of this device.
+
+With ``--part i/n`` the i-th of n shares of the full sweep (begun again, it goes on where it was cut off), with
+``--part questions`` what decides between designs, with ``--part parity`` the small correctness cases alone. ``--dry``
+walks the same code with Triton's interpreter on the CPU. Exits 1 where a check fails or a bound is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.checks import Check
+    from benchmarks.gpu.machine import Machine
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ((768, 768), (768, 3072), (3072, 768), (4096, 4096), (4096, 14336), (14336, 4096))
+COMPILED = ((768, 768), (768, 3072), (4096, 4096), (4096, 14336))  # at these torch.compile takes part
+CORE_TOKENS = (8192, 1024)
+SWEEP_TOKENS, SWEEP_RANKS, ADAPTERS = (1024, 4096, 8192, 16384), (8, 16, 32, 64), ("bfloat16", "float32")
+DRY_SHAPES, DRY_TOKENS = ((32, 48),), (24,)
+ROUNDS, DRY_ROUNDS = 15, 2
+
+
+def main() -> int:
+    """Run the part that was asked for."""
+    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--dry", action="store_true", help="interpret tiny shapes on the CPU; nothing is timed")
+    parser.add_argument("--part", default="core", help="core (default), parity, questions, or i/n of the full sweep")
+    parser.add_argument("--seconds", type=float, default=450, help="no case is begun after so long (default 450)")
+    where = "where records go (default benchmarks/results; for a dry run build/dry, which git ignores)"
+    parser.add_argument("--results", type=Path, help=where)
+    options = parser.parse_args()
+    share = re.fullmatch(r"(\d+)/(\d+)", options.part)
+    if options.part not in ("core", "parity", "questions") and not (share and 1 <= int(share[1]) <= int(share[2])):
+        parser.error(f"--part: expected core, parity, questions or i/n with 1 <= i <= n, got {options.part!r}")
+    if options.dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+    import torch
+
+    from benchmarks.gpu.machine import Machine
+
+    if options.dry:
+        torch.set_num_threads(1)
+    elif not torch.cuda.is_available():
+        print("No CUDA device: python3 -m benchmarks.gpu --dry walks the code without one.", file=sys.stderr)
+        return 2
+    if options.dry:
+        machine = Machine("cpu", DRY_ROUNDS, options.results or ROOT / "build" / "dry")
+    else:
+        machine = Machine("cuda", ROUNDS, options.results or ROOT / "benchmarks" / "results")
+    deadline = time.monotonic() + options.seconds
+    print(", ".join(f"{key} {value}" for key, value in machine.environment().items()))
+    if options.part == "parity":
+        return parity(machine)
+    if options.part == "questions":
+        return questions(machine, deadline)
+    return sweep(machine, int(share[1]), int(share[2]), deadline) if share else core(machine, deadline)
+
+
+def core(machine: Machine, deadline: float) -> int:
+    """Checks, the core set, the host's time; then the record and the bounds."""
+    from benchmarks.gpu import checks, host, records
+    from benchmarks.gpu.layers import Case
+    from benchmarks.gpu.questions import ceilings
+    from benchmarks.gpu.rows import RANK, Row, rows
+    from benchmarks.gpu.timed import measure
+
+    print(extension())
+    content: dict[str, Any] = {"environment": machine.environment(), "records": [], "left_out": []}
+    seen = list(announced(checks.everything(machine)))
+    content["checks"] = [check.record() for check in seen if check.outcome != "holds"]
+    content["checks_held"] = sum(check.outcome == "holds" for check in seen)
+    failed = [check for check in seen if check.outcome == "FAILED"]
+    if failed or not content["checks_held"]:
+        print(f"{len(failed)} checks failed: nothing is timed.")
+        return 1
+    content["ceilings"] = ceilings(machine)
+    content["host"] = host.measure(machine)
+    shapes, tokens = (DRY_SHAPES, DRY_TOKENS) if machine.dry else (SHAPES, CORE_TOKENS)
+    cases = [Case(k, n, m, RANK, adapter) for m in tokens for adapter in ADAPTERS for k, n in shapes]
+    for case in cases:
+        if time.monotonic() > deadline:
+            content["left_out"].append(case.record())
+            print(f"left out, for want of time: {case}")
+            continue
+        compiled = (case.M, case.adapter) == (tokens[0], "bfloat16") and (machine.dry or (case.K, case.N) in COMPILED)
+        content["records"] += measure(case, machine, compiled)
+        print("\n".join(shown(record) for record in content["records"][-2:]), flush=True)
+    found = list(rows(content["records"]))
+    found.append(Row("host time of an eager layer: ours / PEFT LoRA", content["host"]["ours_over_lora"], 1))
+    content["rows"] = [row.record() for row in found]
+    path = machine.results / f"{machine.name}.json"
+    records.write(path, content)
+    print("\n".join(["", *map(str, found), f"{content['checks_held']} checks hold; written to {path}"]))
+    if machine.dry:
+        print("A dry run: no figure above means anything.")
+        return 0
+    return 0 if all(row.holds for row in found) and not content["left_out"] else 1
+
+
+def parity(machine: Machine) -> int:
+    """The small correctness cases."""
+    from benchmarks.gpu import checks
+
+    seen = list(announced(checks.parity(checks.SMALL[:2] if machine.dry else checks.SMALL, machine)))
+    print(f"{len(seen)} checks")
+    return 0 if seen and all(check.outcome == "holds" for check in seen) else 1
+
+
+def questions(machine: Machine, deadline: float) -> int:
+    """What decides between designs, written to a file of its own."""
+    from benchmarks.gpu import records
+    from benchmarks.gpu.questions import questions as asked
+
+    shapes, tokens = (DRY_SHAPES, DRY_TOKENS) if machine.dry else (SHAPES, SWEEP_TOKENS)
+    content: dict[str, Any] = {"environment": machine.environment(), "records": [], "complete": True}
+    path = machine.results / f"{machine.name}-questions.json"
+    for record in asked(machine, shapes, tokens):
+        content["records"].append(record)
+        print(shown(record), flush=True)
+        if time.monotonic() > deadline:
+            content["complete"] = False
+            break
+    records.write(path, content)
+    print(f"written to {path}" + ("" if content["complete"] else ", cut off for want of time"))
+    return 0 if content["complete"] else 1
+
+
+def sweep(machine: Machine, part: int, parts: int, deadline: float) -> int:
+    """Every shape, number of tokens, rank and adapter dtype of this share that is not yet recorded."""
+    from benchmarks.gpu import records
+    from benchmarks.gpu.layers import Case
+    from benchmarks.gpu.timed import measure
+
+    shapes, tokens = (DRY_SHAPES, DRY_TOKENS) if machine.dry else (SHAPES, SWEEP_TOKENS)
+    ranks = SWEEP_RANKS[:2] if machine.dry else SWEEP_RANKS
+    cases = [Case(k, n, m, r, adapter) for k, n in shapes for m in tokens for r in ranks for adapter in ADAPTERS]
+    held = records.Sweep(machine.results / f"{machine.name}-sweep.json", machine.environment())
+    left = [case for case in cases[part - 1 :: parts] if not held.holds(case.record())]
+    while left and time.monotonic() < deadline:
+        case = left.pop(0)
+        held.put(case.record(), measure(case, machine))
+        print("\n".join(shown(record) for record in held.records[-2:]), flush=True)
+    about = f"part {part}/{parts}"
+    print(f"{len(left)} cases of {about} are left: run it again." if left else f"{about} is done.")
+    return 1 if left else 0
+
+
+def announced(checks: Iterable[Check]) -> Iterable[Check]:
+    """The checks, with a line for each that doesn't hold."""
+    for check in checks:
+        if check.outcome != "holds":
+            print(f"{check.outcome:7} {check.name}: {check.detail}", flush=True)
+        yield check
+
+
+def shown(record: dict[str, Any]) -> str:
+    """One line of a record."""
+    about = " ".join(f"{key}={value}" for key, value in record.get("case", {}).items())
+    head = f"{record['benchmark']} {record.get('direction', '')} {about}".strip()
+    if "ratio_to_frozen" in record:
+        frozen = record["microseconds"]["frozen"]["median"]
+        ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in record["ratio_to_frozen"].items())
+        return f"{head}: frozen {frozen:.1f} µs; {ratios}"
+    if "microseconds" in record:
+        times = (f"{name} {value['median']:.1f} µs" for name, value in record["microseconds"].items())
+        return f"{head}: {', '.join(times)}"
+    return f"{head}: " + ", ".join(f"{key} {value:.4g}" for key, value in record.items() if isinstance(value, float))
+
+
+def extension() -> str:
+    """Whether the compiled extension takes part; the layer's GPU kernels do without it."""
+    from adalora_kernels.backends.native import unavailable_reason
+
+    reason = unavailable_reason("cuda")
+    built = "python3 setup.py build_ext --inplace builds it"
+    return "compiled extension: built" if reason is None else f"compiled extension: left out ({reason}; {built})"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,105 @@
+"""One case, timed: every contestant in one process, interleaved, as replays of a graph that rotates its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adalora_kernels.backends import triton
+from benchmarks.gpu import layers as contest
+from benchmarks.gpu.layers import Call, Case, Layer
+from benchmarks.gpu.machine import Machine, Run
+from benchmarks.timing import Sample, ratio
+
+
+def measure(case: Case, machine: Machine, compiled: bool = False) -> list[dict[str, Any]]:
+    """Forward, and forward + backward, of every contestant.
+
+    Args:
+        case: the layer.
+        machine: where.
+        compiled: whether torch.compile of PEFT's expression takes part.
+
+    Returns:
+        Two records: the case, the direction, the microseconds of each contestant, and their ratios to the frozen linear
+        within the rounds.
+    """
+    sets = contest.layers(case, machine)
+    for layer in sets:
+        contest.add_peft(case, layer)
+    rivals = contest.rivals(case, machine, compiled)
+    chosen = {contest.OURS: contest.ours(case, "triton")}
+    forward = {name: contest.ours(case, name) for name in contest.forward_plans(case, sets[0])}
+    backward = {name: contest.ours(case, name) for name in contest.backward_plans(case, sets[0])}
+    contest.check_equal(rivals | chosen | forward | backward, sets[0])
+    plan, configuration, reason = explain(case, sets[0])
+    about = {
+        "benchmark": "layer", "case": case.record(), "plan": plan, "configuration": configuration, "reason": reason,
+        "saved_bytes": saved_bytes(chosen[contest.OURS], sets[0]),
+    }  # fmt: skip
+    directions: tuple[tuple[str, dict[str, Call], Callable[[str, Call, Layer], Run]], ...] = (
+        ("forward", rivals | chosen | forward, forward_run),
+        ("forward + backward", rivals | chosen | backward, both_run),
+    )
+    records = []
+    for direction, calls, prepare in directions:
+        pool = machine.pool()
+        graphs = {
+            name: machine.recorded([prepare(name, call, layer) for layer in sets], pool) for name, call in calls.items()
+        }
+        seconds = machine.replays(graphs)
+        del graphs
+        machine.forget()
+        records.append(about | {"direction": direction, "copies": len(sets), **summary(seconds, len(sets))})
+    return records
+
+
+def summary(seconds: dict[str, list[float]], runs: int) -> dict[str, Any]:
+    """Medians with 20/80 percentiles per run, in µs, and the ratios to the frozen linear."""
+    scaled = {name: [1e6 * s / runs for s in values] for name, values in seconds.items()}
+    return {
+        "microseconds": {name: vars(Sample.of(values)) for name, values in scaled.items()},
+        "ratio_to_frozen": {name: ratio(values, seconds[contest.FROZEN]) for name, values in seconds.items()},
+        "rounds": len(seconds[contest.FROZEN]),
+    }
+
+
+def forward_run(name: str, call: Call, layer: Layer) -> Run:
+    """Without autograd; ours writes the u that the backward would read all the same."""
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return call(layer)
+
+    return run
+
+
+def both_run(name: str, call: Call, layer: Layer) -> Run:
+    """With the gradients of x and the adapter; the frozen linear has that of x alone."""
+    leaves = [layer.x] if name == contest.FROZEN else layer.leaves
+    return lambda: torch.autograd.grad(call(layer), leaves, layer.grad_y)
+
+
+def explain(case: Case, layer: Layer) -> tuple[str, str, str]:
+    """The plan that is chosen, its configuration, and why."""
+    return triton.explain(layer.x, layer.weight, contest.adapter_of(case, layer))
+
+
+def saved_bytes(call: Call, layer: Layer) -> int:
+    """What ours keeps for the backward beyond x, W, bias and the adapter."""
+    saved: list[Tensor] = []
+    own = {t.data_ptr() for t in (layer.weight, layer.bias, *layer.leaves) if t is not None}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(layer)
+    return sum(t.nbytes for t in saved if t.data_ptr() not in own)
+
+
+__all__ = ["explain", "measure", "saved_bytes", "summary"]
