@@ -9,6 +9,11 @@ STABLE_TORCH_LIBRARY(adalora_native, m) {
   m.def(
       "importance_update(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor[] params, "
       "Tensor[] grads, float beta1, float beta2) -> Tensor");
+  m.def(
+      "adamw_update(Tensor shapes, Tensor(a!)[] params, Tensor[] grads, Tensor(b!) moments, Tensor(c!) steps, "
+      "Tensor groups, Tensor settings, Tensor grad_scale, Tensor(d!)? state, Tensor(e!)? half, Tensor(f!)? scores, "
+      "float beta1, float beta2, bool pre_step) -> Tensor");
+  m.def("total_norm(Tensor[] tensors) -> Tensor");
   m.def("mask_to_budget(Tensor scores, Tensor(a!) live, Tensor enabled, Tensor(b!)[] lora_E, int budget) -> Tensor");
   m.def("zero_pruned(Tensor live, Tensor(a!)[] lora_E) -> ()");
   m.def(
@@ -29,6 +34,8 @@ STABLE_TORCH_LIBRARY_IMPL(adalora_native, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(adalora_native, CPU, m) {
   m.impl("importance_update", TORCH_BOX(&adalora::cpu::importance_update));
+  m.impl("adamw_update", TORCH_BOX(&adalora::cpu::adamw_update));
+  m.impl("total_norm", TORCH_BOX(&adalora::cpu::total_norm));
   m.impl("mask_to_budget", TORCH_BOX(&adalora::cpu::mask_to_budget));
   m.impl("zero_pruned", TORCH_BOX(&adalora::cpu::zero_pruned));
   m.impl("orthogonality", TORCH_BOX(&adalora::cpu::orthogonality));

@@ -42,8 +42,13 @@ inline DType float_dtype(const Tensor& tensor, const char* name) {
 
 // The memory of a matrix, row by row.
 struct Operand {
-  void* data;
+  void* data;  // null: there is none
   DType dtype;
+
+  // The same from an element on.
+  Operand from(int64_t element) const {
+    return {data == nullptr ? nullptr : static_cast<char*>(data) + element * size_of(dtype), dtype};
+  }
 };
 
 // The memory of `matrix`, which must be [rows, columns] on the same device as `place`. One that isn't contiguous is

@@ -14,6 +14,11 @@ std::string instruction_set();
 
 Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, std::vector<Tensor> params,
                          std::vector<Tensor> grads, double beta1, double beta2);
+Tensor adamw_update(const Tensor& shapes, std::vector<Tensor> params, std::vector<Tensor> grads, Tensor moments,
+                    Tensor steps, const Tensor& groups, const Tensor& settings, const Tensor& grad_scale,
+                    std::optional<Tensor> state, std::optional<Tensor> half, std::optional<Tensor> scores, double beta1,
+                    double beta2, bool pre_step);
+Tensor total_norm(std::vector<Tensor> tensors);
 Tensor mask_to_budget(const Tensor& scores, Tensor live, const Tensor& enabled, std::vector<Tensor> values,
                       int64_t budget);
 void zero_pruned(const Tensor& live, std::vector<Tensor> values);

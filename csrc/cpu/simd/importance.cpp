@@ -1,22 +1,11 @@
 #include "cpu/simd/importance.h"
 
-#include <cstring>
-
+#include "cpu/simd/finite.h"
 #include "cpu/simd/widen.h"
 
 namespace adalora::cpu::ADALORA_ISA {
 
 namespace {
-
-// The exponent of a non-finite number is all ones, so the largest magnitude, as an integer, tells of them all.
-ADALORA_INLINE uint32_t magnitude_bits(float value) { return bits_of(value) & 0x7fffffff; }
-ADALORA_INLINE uint64_t magnitude_bits(double value) {
-  uint64_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits & 0x7fffffffffffffff;
-}
-constexpr uint32_t infinity_bits(float) { return 0x7f800000; }
-constexpr uint64_t infinity_bits(double) { return 0x7ff0000000000000; }
 
 template <typename T>
 bool update(const T* __restrict param, const T* __restrict grad, const T* __restrict average,
