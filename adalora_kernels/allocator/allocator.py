@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from adalora_kernels.allocator.schedule import VARIANTS, BudgetSchedule
+from adalora_kernels.allocator.schedule import VARIANTS, BudgetSchedule, StepPlan
 from adalora_kernels.allocator.state import ImportanceState, check_keys
 from adalora_kernels.allocator.tensorboard import write_scalars
 from adalora_kernels.allocator.triplets import Triplet, find_triplets
@@ -15,6 +16,22 @@ from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.ops.allocation import mask_to_budget, zero_pruned
 from adalora_kernels.ops.importance import importance_update
 from adalora_kernels.ops.orthogonality import orthogonality_loss
+
+
+class Turn(NamedTuple):
+    """One step of the allocator, from ``begin`` to ``finish``.
+
+    Attributes:
+        step: its number, counted from 0.
+        plan: what it does.
+        params: A, E and B of each layer, as they are in this step.
+        lora_E: the E among them.
+    """
+
+    step: int
+    plan: StepPlan
+    params: Sequence[Tensor]
+    lora_E: Sequence[Tensor]
 
 
 class RankAllocator:
@@ -168,48 +185,67 @@ class RankAllocator:
             ValueError: no parameter has a gradient where one is needed, that is, ``backward`` was not called or the
                 gradients are already cleared; ``total_step`` is not set; or a layer was frozen. Nothing changes.
         """
-        plan = self.schedule.plan(global_step)
-        state, bound_to = self.importance, self.model
-        # After the end without a ranking at the end: that step was skipped, so it is caught up with now.
-        rank = plan.rank or (plan.reapply and not state.settled)
-        if model is not self.model:
+        bound_to = self.model
+        if model is not bound_to:
             self.bind(model)
-        params = [registry[key] for t in self.triplets for registry, key in t.slots]
-        singular_values = params[1::3]
         try:
-            if rank:
-                self._check_trainable(singular_values)
-            finite = self._update(params) if plan.update else None
+            turn = self.begin(global_step)
+            finite = self.update(turn)
         except ValueError:
             if bound_to is not self.model:
                 self.bind(bound_to)
             raise
-        self.global_step = global_step
-        threshold = None
-        if rank and state.updates > 0:
-            threshold = mask_to_budget(
-                state.scores, singular_values, plan.budget, state.live, finite, backend=self.backend
-            )
-        elif plan.reapply:
-            self.reapply_pattern()
-        if rank and global_step >= self.schedule.pruning_end:
-            state.settled = True
-            if self.variant == "peft":
-                state.reset()
-        if self.tb_writter is not None and global_step % self.log_interval == 0:
-            write_scalars(self.tb_writter, self, threshold, global_step)
-        return plan.budget, threshold
+        return turn.plan.budget, self.finish(turn, finite)
 
-    def _update(self, params: list[Tensor]) -> Tensor:
-        grads = [p.grad for p in params]
+    # The parts of a step, for optimizers that update the importance themselves:
+    #
+    #     turn = allocator.begin(step)                 # the plan, and the parameters
+    #     finite = allocator.update(turn)              # or the optimizer's own, into allocator.importance
+    #     threshold = allocator.finish(turn, finite)   # after the parameters' update
+    #
+    # What can go wrong raises in ``begin`` and ``update``, before anything has changed.
+
+    def begin(self, step: int, params: Sequence[Tensor] | None = None) -> Turn:
+        """What ``step`` does, and the parameters that it does it to.
+
+        Args:
+            step: the optimizer step, counted from 0.
+            params: A, E and B of each layer in the order of ``triplets``, where the caller has them; else looked up.
+
+        Raises:
+            ValueError: a negative step; ``total_step`` is not set; a step that ranks, with a frozen layer.
+        """
+        plan = self.schedule.plan(step, self.importance.settled)
+        if params is None:
+            params = [registry[key] for t in self.triplets for registry, key in t.slots]
+        turn = Turn(step, plan, params, params[1::3])
+        if plan.rank:
+            self._check_trainable(turn.lora_E)
+        return turn
+
+    def update(self, turn: Turn) -> Tensor | None:
+        """Take the gradients into Ī, Ū and the scores, where ``turn.plan.update`` says so.
+
+        Who does this elsewhere writes to ``importance`` (``averages``, ``half`` and ``scores``) as
+        ``ops.importance_update`` would.
+
+        Returns:
+            bool [1]: whether it was taken, all being finite; None where this step takes none.
+
+        Raises:
+            ValueError: no parameter has a gradient. Nothing changes.
+        """
+        if not turn.plan.update:
+            return None
+        grads = [p.grad for p in turn.params]
         if not any(grad is not None for grad in grads):
             raise ValueError(
                 "model: expected gradients, found none; call update_and_mask after backward() and before zero_grad()"
             )
         state = self.importance
-        finite = importance_update(
+        return importance_update(
             state.layout,
-            params,
+            turn.params,
             grads,
             state.averages,
             state.half,
@@ -218,10 +254,35 @@ class RankAllocator:
             self.beta2,
             backend=self.backend,
         )
-        state.updates += 1
-        return finite
 
-    def _check_trainable(self, singular_values: list[Tensor]) -> None:
+    def finish(self, turn: Turn, finite: Tensor | None) -> Tensor | None:
+        """Mask as the plan says, and log. The parameters have been updated.
+
+        Args:
+            turn: of ``begin``.
+            finite: bool [1], whether importance was updated, all being finite (where not, masks stay as they are);
+                None where ``turn.plan.update`` is False.
+
+        Returns:
+            The threshold, 0-d on the parameters' device, or None if nothing was ranked.
+        """
+        plan, state = turn.plan, self.importance
+        self.global_step = turn.step
+        if plan.update:
+            state.updates += 1
+        threshold = None
+        if plan.rank and state.updates > 0:
+            threshold = mask_to_budget(state.scores, turn.lora_E, plan.budget, state.live, finite, backend=self.backend)
+        elif plan.rank or plan.reapply:
+            zero_pruned(state.live, turn.lora_E, backend=self.backend)
+        state.settled |= plan.settle
+        if plan.reset:
+            state.reset()
+        if self.tb_writter is not None and turn.step % self.log_interval == 0:
+            write_scalars(self.tb_writter, self, threshold, turn.step)
+        return threshold
+
+    def _check_trainable(self, singular_values: Sequence[Tensor]) -> None:
         """A layer frozen since would score lowest for want of gradients, and lose what it has learnt."""
         trains = [E.requires_grad for E in singular_values]
         if all(trains) or not any(trains):
@@ -287,4 +348,4 @@ def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, *, accumulate:
     return orthogonality_loss(lora_A, lora_B, regu_weight, accumulate=accumulate)
 
 
-__all__ = ["RankAllocator", "compute_orth_regu"]
+__all__ = ["RankAllocator", "Turn", "compute_orth_regu"]

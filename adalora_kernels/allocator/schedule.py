@@ -24,6 +24,7 @@ class StepPlan:
         budget: the total rank that may stay.
         update: whether the importance averages take this step's gradients.
         rank: whether triplets are ranked and masked to the budget.
+        settle: whether the pattern that this ranking leaves is final.
         reset: whether the averages start anew after that.
         reapply: whether the stored pattern is applied again, without ranking.
     """
@@ -31,6 +32,7 @@ class StepPlan:
     budget: int
     update: bool = False
     rank: bool = False
+    settle: bool = False
     reset: bool = False
     reapply: bool = False
 
@@ -89,8 +91,12 @@ class BudgetSchedule:
         left = 1 - (step - self.init_warmup) / (self.pruning_end - self.init_warmup)
         return int(self.target_rank + (self.initial_rank - self.target_rank) * left**3)
 
-    def plan(self, step: int) -> StepPlan:
+    def plan(self, step: int, settled: bool = True) -> StepPlan:
         """What ``step`` does.
+
+        Args:
+            step: counted from 0.
+            settled: whether the last ranking was made; where it was skipped, a later step of "peft" catches up with it.
 
         Raises:
             ValueError: a negative step.
@@ -102,8 +108,10 @@ class BudgetSchedule:
         if step < end:
             return StepPlan(budget, update=True, rank=due)
         if self.variant == "peft":
-            return StepPlan(budget, rank=step == end, reset=step == end, reapply=step > end)
-        return StepPlan(budget, rank=due or step > end)
+            last = step == end or not settled
+            return StepPlan(budget, rank=last, settle=last, reset=last, reapply=not last)
+        last = due or step > end
+        return StepPlan(budget, rank=last, settle=last)
 
 
 __all__ = ["VARIANTS", "BudgetSchedule", "StepPlan"]

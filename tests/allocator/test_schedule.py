@@ -23,16 +23,18 @@ def test_original_plan() -> None:
     assert s.plan(7) == StepPlan(96, update=True)
     assert s.plan(14) == StepPlan(s.budget(14), update=True, rank=True)
     assert s.plan(15) == StepPlan(s.budget(15), update=True)
-    assert s.plan(70) == StepPlan(24, rank=True)  # 70 % 7 == 0: ranked, not updated
-    assert s.plan(71) == StepPlan(24, rank=True)
-    assert s.plan(200) == StepPlan(24, rank=True)
+    assert s.plan(70) == StepPlan(24, rank=True, settle=True)  # 70 % 7 == 0: ranked, not updated
+    assert s.plan(71) == StepPlan(24, rank=True, settle=True)
+    assert s.plan(200) == StepPlan(24, rank=True, settle=True)
 
 
 def test_peft_plan() -> None:
     s = schedule("peft")
     assert s.plan(69) == StepPlan(s.budget(69), update=True)
-    assert s.plan(70) == StepPlan(24, rank=True, reset=True)
+    assert s.plan(70) == StepPlan(24, rank=True, settle=True, reset=True)
     assert s.plan(71) == StepPlan(24, reapply=True)
+    assert s.plan(71, settled=False) == s.plan(70)
+    assert s.plan(69, settled=False) == s.plan(69)
 
 
 def test_nothing_to_prune() -> None:
