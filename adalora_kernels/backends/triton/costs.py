@@ -1,17 +1,16 @@
 """What each plan costs on the device, calculated: the choice for as long as nothing has been measured.
 
 A product takes the longer of its arithmetic and its traffic, a pass over a matrix its bytes, and each launch a gap on
-the stream. Of a family only the ratio of arithmetic to bandwidth matters. Hopper's figures were measured on an H100
-(8192³ in bf16; a copy), the others are the vendor's peaks times the share that the H100 reaches of its own.
+the stream. Only the ratios of these count. Hopper's figures were measured on an H100 (8192³ in bf16; a copy), the other
+families' are the vendor's peaks times the share that the H100 reaches of its own.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from adalora_kernels.backends.triton import tiles
 from adalora_kernels.backends.triton.problem import Problem
-from adalora_kernels.backends.triton.tiles import Family, Width
+from adalora_kernels.backends.triton.tiles import Family, Width, rank_block, rank_padding
 
 
 class _Speed(NamedTuple):
@@ -26,53 +25,120 @@ _SPEEDS = {
     Family.BLACKWELL: _Speed(1800e12, 65e12, 7.2e12),
 }
 _LAUNCH = 2e-6  # s between the end of one kernel and the start of the next
-# The speed of a product of ours beside cuBLAS's: published Triton figures on Hopper, not persistent with pointers and
-# persistent with descriptors.
+# The speed of a Triton product beside cuBLAS's, published figures on Hopper: through pointers; persistent and through
+# descriptors.
 _POINTERS, _DESCRIPTORS = 0.86, 0.97
+_BLOCK = 128  # rows or columns of a tile, where the order of magnitude counts
+_ONE_G_PASS = 32  # rank up to which one pass over g makes both v and T
+_MOST_SHARES = 32 << 20  # bytes of fp32 shares of T and dA that ``one_gemm`` makes
 
 
 def frozen(p: Problem) -> float:
     """x Wᵀ, or g W, by cuBLAS alone, in s."""
-    return _LAUNCH + _product(p, 0)
+    return _LAUNCH + _product(p)
 
 
 def one_pass(p: Problem) -> float:
-    """Each column of tiles computes u anew, in an extra product of the rank's width."""
-    columns = -(-p.out_features // tiles.lookup("one_pass", p.family, p.width, p.rank).block_n)
+    """Each column of tiles computes u anew, in a narrow product beside its own."""
+    columns = -(-p.out_features // _BLOCK)
     return _LAUNCH + _product(p, columns * p.in_features + p.out_features, _POINTERS)
+
+
+def published(p: Problem) -> float:
+    """One column of tiles computes u, in a narrow product at half the speed of a wide one; all have a tail."""
+    return _LAUNCH + _product(p, 2 * p.in_features + p.out_features, _quality(p))
+
+
+def shrink_tail(p: Problem) -> float:
+    """x is read once more, by a launch of its own; all tiles have a tail."""
+    return 2 * _LAUNCH + _read_x(p) + _product(p, p.out_features, _quality(p))
+
+
+def forward_blas(p: Problem) -> float:
+    """x is read once more, and y is written before cuBLAS adds to it."""
+    if p.rank == 0:
+        return _LAUNCH + _copies(p) + _product(p)
+    return 3 * _LAUNCH + _copies(p) + _read_x(p) + _pass(p, p.out_features) + _product(p)
 
 
 def delta(p: Problem) -> float:
     """x is read once, the base's output read and written."""
-    return (
-        _LAUNCH + _pass(p, p.in_features, p.x_dtype.itemsize) + _pass(p, p.out_features, 2 * p.compute_dtype.itemsize)
-    )
+    return _LAUNCH + _read_x(p) + 2 * _pass(p, p.out_features)
 
 
 def split(p: Problem) -> float:
-    """dx by cuBLAS; g is read for v and for T, x and dx are read and dx written for dA and the low-rank term of dx."""
-    compute = p.compute_dtype.itemsize
-    through_g = _pass(p, p.out_features, 2 * compute)
-    through_x = _pass(p, p.in_features, p.x_dtype.itemsize + (2 * compute if p.need_x else 0))
-    dx = frozen(p) if p.need_x and p.weight_dtype is not None else 0.0
-    return dx + 4 * _LAUNCH + through_g + through_x
+    """A pass over g, a product with a tail for dx, a pass over x for dA; without a weight that one writes dx."""
+    if p.weight_dtype is None or not p.need_x:
+        return 4 * _LAUNCH + _read_g(p) + _read_x(p) + (_pass(p, p.in_features) if p.need_x else 0.0)
+    return 5 * _LAUNCH + _read_g(p) + _product(p, p.in_features, _quality(p)) + _read_x(p)
 
 
-def _pass(p: Problem, columns: int, itemsize: int) -> float:
-    """A pass over [M, columns] that moves ``itemsize`` bytes of each element."""
-    return p.tokens * columns * itemsize / _SPEEDS[p.family].memory
+def backward_blas(p: Problem) -> float:
+    """As ``split``, but dx by cuBLAS, and then read and written in the pass over x."""
+    return 5 * _LAUNCH + _copies(p) + _read_g(p) + _product(p) + _read_x(p) + 2 * _pass(p, p.in_features)
 
 
-def _product(p: Problem, extra: int, quality: float = 1.0) -> float:
-    """[M, K] by [K, N], with ``extra`` columns' worth of products of the rank's width, each M elements long."""
+def one_gemm(p: Problem) -> float:
+    """v and T in one column of tiles, dA in all: narrow products at half the speed of a wide one. Then their sums."""
+    quality = _POINTERS if p.dropout else _quality(p)
+    rows = -(-p.tokens // _BLOCK) * (p.in_features + p.out_features)
+    shares = min(_MOST_SHARES, rows * rank_padding(p.rank) * 4)
+    sums = 2 * shares / _SPEEDS[p.family].memory
+    return 2 * _LAUNCH + _product(p, 4 * p.out_features + 3 * p.in_features, quality) + _read_x(p) + sums
+
+
+def _product(p: Problem, narrow: int = 0, quality: float = 1.0) -> float:
+    """[M, K] by [K, N] or [M, N] by [N, K], and ``narrow`` times M products of the rank's width beside it."""
     speed = _SPEEDS[p.family]
     peak = speed.single if p.width is Width.SINGLE else speed.half
-    columns = tiles.rank_block(p.rank) * extra if p.rank else 0
-    arithmetic = 2 * p.tokens * (p.in_features * p.out_features + columns) / (peak * quality)
+    products = p.in_features * p.out_features + (rank_block(p.rank) * narrow if p.rank else 0)
     weight = p.weight_dtype.itemsize if p.weight_dtype is not None else 0
     traffic = p.in_features * p.out_features * weight / speed.memory
-    traffic += _pass(p, p.in_features, p.x_dtype.itemsize) + _pass(p, p.out_features, p.compute_dtype.itemsize)
-    return max(arithmetic, traffic)
+    traffic += _pass(p, p.in_features, p.x_dtype.itemsize) + _pass(p, p.out_features)
+    return max(2 * p.tokens * products / (peak * quality), traffic)
 
 
-__all__ = ["delta", "frozen", "one_pass", "split"]
+def _quality(p: Problem) -> float:
+    """Of a persistent product, by whether its operands go through descriptors."""
+    return _DESCRIPTORS if p.describable else _POINTERS
+
+
+def _pass(p: Problem, columns: int, itemsize: int | None = None) -> float:
+    """Moving [M, columns] once, in the dtype of the products unless an element is said to have ``itemsize`` bytes."""
+    return p.tokens * columns * (itemsize or p.compute_dtype.itemsize) / _SPEEDS[p.family].memory
+
+
+def _read_x(p: Problem) -> float:
+    return _pass(p, p.in_features, p.x_dtype.itemsize) if p.rank else 0.0
+
+
+def _read_g(p: Problem) -> float:
+    """v and T: g once and fp32 shares of v for each block of columns, or g twice."""
+    if p.rank > _ONE_G_PASS:
+        return 2 * _pass(p, p.out_features)
+    shares = -(-p.out_features // _BLOCK) * rank_padding(p.rank)
+    return _pass(p, p.out_features) + _pass(p, 2 * shares, 4)
+
+
+def _copies(p: Problem) -> float:
+    """What the BLAS takes only in the dtype of the products is copied in it first: read, written."""
+    seconds = 0.0
+    if p.x_dtype != p.compute_dtype:
+        seconds += _LAUNCH + _pass(p, p.in_features, p.x_dtype.itemsize + p.compute_dtype.itemsize)
+    if p.weight_dtype not in (None, p.compute_dtype):
+        itemsize = p.weight_dtype.itemsize + p.compute_dtype.itemsize
+        seconds += _LAUNCH + p.in_features * p.out_features * itemsize / _SPEEDS[p.family].memory
+    return seconds
+
+
+__all__ = [
+    "backward_blas",
+    "delta",
+    "forward_blas",
+    "frozen",
+    "one_gemm",
+    "one_pass",
+    "published",
+    "shrink_tail",
+    "split",
+]

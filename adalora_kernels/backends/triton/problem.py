@@ -45,6 +45,13 @@ class Problem(NamedTuple):
         operands = (self.x_dtype,) if self.weight_dtype is None else (self.x_dtype, self.weight_dtype)
         return tiles.width_of(self.compute_dtype, *operands)
 
+    @property
+    def describable(self) -> bool:
+        """Whether the device has tensor descriptors and contiguous operands of this problem can go through them."""
+        sixteen_bits = self.x_dtype == self.weight_dtype == self.compute_dtype and self.compute_dtype.itemsize == 2
+        rows = self.in_features % 8 == 0 and self.out_features % 8 == 0  # whole 16 bytes
+        return self.family is not Family.AMPERE and sixteen_bits and rows
+
 
 def problem_of(x: Tensor, weight: Tensor | None, adapter: Adapter, need_x: bool = True) -> Problem:
     """The problem of a call with these tensors, as a launcher gets them (``reference.svd_linear``)."""

@@ -108,7 +108,7 @@ def forward(x: Tensor, weight: None, bias: None, base: Tensor, adapter: Adapter)
         return base, u
     last_dropped, keep_scale = dropout_arguments(dropout_p if seed is not None else 0.0)
     tile = tiles.choose("delta", x.device, R, compute_dtype, x, adapter=lora_A)
-    row_blocks = triton.cdiv(M, tile.block_m)
+    row_blocks = -(-M // tile.block_m)
     shares, columns_per_share = tiles.slabs(N, tile.block_n, row_blocks, x.device)
     launch(
         _svd_linear_delta_kernel,

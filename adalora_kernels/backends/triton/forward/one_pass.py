@@ -120,7 +120,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, base: None, adapter:
     tile = tiles.choose("one_pass", x.device, R, compute_dtype, x, weight, adapter=lora_A)
     launch(
         _svd_linear_one_pass_kernel,
-        (triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),),
+        (-(-M // tile.block_m) * -(-N // tile.block_n),),
         x,
         weight,
         bias,
