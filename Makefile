@@ -7,7 +7,7 @@ ifeq ($(shell uname),Linux)
 SECOND_TRITON := build/triton-3.6
 endif
 
-.PHONY: setup demo test lint bench gpu clean
+.PHONY: setup demo test lint bench gpu tune clean
 
 setup: .venv/.installed $(SECOND_TRITON:=/.installed)
 
@@ -41,6 +41,10 @@ bench: setup
 # full sweep, PART=questions what decides between designs.
 gpu: $(if $(DRY),setup)
 	$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(DRY),--dry) $(if $(PART),--part $(PART))
+
+# Writes adalora_kernels/backends/triton/measured.json, by which plans and tiles are chosen on such a device.
+tune: $(if $(DRY),setup)
+	$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.tune $(if $(DRY),--dry)
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-output adalora_kernels/*.so

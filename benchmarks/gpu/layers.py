@@ -104,17 +104,16 @@ def layers(case: Case, machine: Machine) -> list[Layer]:
 
 def forward_plans(case: Case, layer: Layer) -> list[str]:
     """The backends, by name, that force each forward plan that can run the case."""
-    problem = _problem(case, layer)
-    return [f"triton:{name}" for name, plan in plans.FORWARD.items() if plan.obstacle(problem) is None]
+    return [f"triton:{name}" for name, plan in plans.FORWARD.items() if plan.obstacle(problem(case, layer)) is None]
 
 
 def backward_plans(case: Case, layer: Layer) -> list[str]:
     """Likewise each backward plan, after the forward plan that is chosen."""
-    problem = _problem(case, layer)
-    return [f"triton:/{name}" for name, plan in plans.BACKWARD.items() if plan.obstacle(problem) is None]
+    return [f"triton:/{name}" for name, plan in plans.BACKWARD.items() if plan.obstacle(problem(case, layer)) is None]
 
 
-def _problem(case: Case, layer: Layer) -> Problem:
+def problem(case: Case, layer: Layer) -> Problem:
+    """What the plans are chosen by."""
     return problem_of(layer.x, layer.weight, adapter_of(case, layer))
 
 
@@ -198,5 +197,5 @@ def check_equal(calls: dict[str, Call], layer: Layer) -> None:
 
 __all__ = [
     "ADDMM", "FROZEN", "OURS", "PEFT", "PEFT_COMPILED", "Call", "Case", "Layer", "adapter_of", "add_peft",
-    "backward_plans", "check_equal", "differentiated", "forward_plans", "layers", "ours", "rivals",
+    "backward_plans", "check_equal", "differentiated", "forward_plans", "layers", "ours", "problem", "rivals",
 ]  # fmt: skip

@@ -38,6 +38,14 @@ class Sweep:
         """Whether the case was measured in this environment."""
         return any(record["case"] == case and record["environment"] == self.current for record in self.records)
 
+    def under(self, triton: str) -> list[dict[str, Any]]:
+        """The records made with a minor version of triton."""
+        return [
+            record
+            for record in self.records
+            if str(self.environments[record["environment"]]["triton"]).startswith(f"{triton}.")
+        ]
+
     def put(self, case: dict[str, Any], records: list[dict[str, Any]]) -> None:
         """Replace what was known of the case, and write."""
         self.records = [record for record in self.records if record["case"] != case]

@@ -89,6 +89,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     kept.run(x, y, z, stream, kept.function, kept.metadata, about, enter, leave, *args, *kept.constants)
 
 
+def kept_kernels() -> list[CompiledKernel]:
+    """All that is kept, once each."""
+    kept = {id(entry.kernel): entry.kernel for shape in _shapes.values() for entry in shape.kept.values()}
+    return list(kept.values())
+
+
 def _launch_and_keep(
     shape: _Shape, key: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
@@ -133,4 +139,4 @@ def _specialiser(kernel: JITFunction, args: tuple[Any, ...]) -> Callable[..., tu
     return specialise
 
 
-__all__ = ["launch"]
+__all__ = ["kept_kernels", "launch"]

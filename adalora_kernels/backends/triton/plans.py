@@ -11,7 +11,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from adalora_kernels.backends.triton import costs, tiles
+from adalora_kernels.backends.triton import costs, measured, tiles
 from adalora_kernels.backends.triton.problem import Problem
 
 
@@ -81,7 +81,7 @@ def parse(plan: str) -> tuple[str | None, str | None]:
 
 @cache
 def choose(problem: Problem, plan: str | None = None) -> Choice:
-    """The plans of a call: those asked for by name in ``plan``, and for the rest the least calculated time.
+    """The plans of a call: those asked for by name in ``plan``; else the fastest measured, or by calculated time.
 
     Raises:
         RuntimeError: a plan asked for by name can't run the problem, with the reason.
@@ -104,16 +104,38 @@ def _pick(direction: str, problem: Problem, asked: str | None) -> tuple[str, str
     ranking = sorted(seconds, key=lambda name: seconds[name])
     if len(ranking) == 1:
         return ranking[0], f"{ranking[0]}, the only plan that can run it"
+    if (found := _measured(direction, problem, tuple(seconds))) is not None:
+        return found
     frozen = costs.frozen(problem)
     times = ", ".join(f"{name} {seconds[name] / frozen:.2f}" for name in ranking)
     return ranking[0], f"{times} times the frozen product, calculated, not measured"
 
 
+def _measured(direction: str, problem: Problem, able: tuple[str, ...]) -> tuple[str, str] | None:
+    """The plan that was fastest on such a device near the problem, and why; None where nothing like it was timed."""
+    table = measured.table(problem.capability)
+    timed = problem.weight_dtype is not None and not problem.dropout and (problem.need_x or direction == "forward")
+    if table is None or not timed:
+        return None
+    m, k, n, r = problem.tokens, problem.in_features, problem.out_features, problem.rank
+    point = measured.Point(m, k, n, r, problem.width.value, problem.adapter_dtype.itemsize)
+    found = table.plan(direction, point, able)
+    if found is None:
+        return None
+    name, at = found
+    return name, f"{name}, measured fastest at M={at.M}, K={at.K}, N={at.N}, R={at.R} ({', '.join(table.evidence)})"
+
+
 def configuration(problem: Problem, choice: Choice) -> str:
     """The tiles that the plans' kernels are launched with, in words."""
     kernels = FORWARD[choice.forward].kernels + BACKWARD[choice.backward].kernels
-    found = [(name, tiles.lookup(name, problem.family, problem.width, problem.rank)) for name in kernels]
-    return "; ".join(f"{name} {tile}" for name, tile in found)
+    return "; ".join(f"{name} {tile(name, problem)}" for name in kernels)
+
+
+def tile(kernel: str, p: Problem) -> tiles.Tile:
+    """What a kernel is launched with: as measured on such a device, else the table's."""
+    found = tiles.measured_tile(kernel, p.capability, p.width, p.rank)
+    return found or tiles.lookup(kernel, p.family, p.width, p.rank)
 
 
 @cache
@@ -124,4 +146,4 @@ def launcher(direction: str, name: str) -> Callable[..., Any]:
     return function
 
 
-__all__ = ["BACKWARD", "FORWARD", "Choice", "Plan", "choose", "configuration", "launcher", "parse"]
+__all__ = ["BACKWARD", "FORWARD", "Choice", "Plan", "choose", "configuration", "launcher", "parse", "tile"]

@@ -24,6 +24,7 @@ class Problem(NamedTuple):
         dropout: whether any element of x may be dropped.
         need_x: whether the gradient of x is asked for; no forward depends on it.
         family: of the device.
+        capability: of the device; None on the CPU.
     """
 
     tokens: int
@@ -38,6 +39,7 @@ class Problem(NamedTuple):
     dropout: bool
     need_x: bool
     family: Family
+    capability: tuple[int, int] | None = None
 
     @property
     def width(self) -> Width:
@@ -71,6 +73,7 @@ def problem_of(x: Tensor, weight: Tensor | None, adapter: Adapter, need_x: bool 
         adapter.seed is not None,
         need_x,
         tiles.device_family(x.device),
+        tiles.capability_of(x.device),
     )
 
 

@@ -1,5 +1,7 @@
 """Which tile each kernel runs with: a static table by device family, operand width and rank; no tuning at run time.
 
+What was measured on a device (``measured``) goes before the table, whose entries are calculated.
+
 Every entry compiles without spills, within its family's shared memory and, for 16-bit products, to that family's own
 matrix instructions at its largest rank, with fp32 adapters, mask and dropout; a test holds it to that without a GPU.
 """
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adalora_kernels.backends.select import MAX_TRITON_RANK
+from adalora_kernels.backends.triton import measured
 
 MAX_RANK = MAX_TRITON_RANK
 GROUP_M = 8  # row blocks that are in flight together
@@ -152,17 +155,33 @@ def operand_width(compute_dtype: torch.dtype, *operands: Tensor | None) -> Width
 
 
 @cache
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device; None where kernels are interpreted, on the CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@cache
 def device_family(device: torch.device) -> Family:
     """The family of a CUDA device; Ampere's where kernels are interpreted, on the CPU."""
-    if device.type != "cuda":
-        return Family.AMPERE
-    return {9: Family.HOPPER, 10: Family.BLACKWELL}.get(torch.cuda.get_device_capability(device)[0], Family.AMPERE)
+    return family_of(capability_of(device))
+
+
+def family_of(capability: tuple[int, int] | None) -> Family:
+    """The family of the devices of a compute capability."""
+    families = {9: Family.HOPPER, 10: Family.BLACKWELL}
+    return Family.AMPERE if capability is None else families.get(capability[0], Family.AMPERE)
 
 
 @cache
 def _programs_wanted(device: torch.device) -> int:
     """Programs that fill a device twice over; few where each is interpreted."""
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def measured_tile(kernel: str, capability: tuple[int, int] | None, width: Width, r: int) -> Tile | None:
+    """What was found fastest for a kernel on such a device, which goes before any table; None where nothing was."""
+    fields = measured.tile(kernel, capability, width.value, r)
+    return None if fields is None else Tile(*fields)
 
 
 @cache
@@ -191,7 +210,8 @@ def choose(
         TypeError: the products are neither fp32, fp16 nor bf16.
         ValueError: the rank exceeds ``MAX_RANK``.
     """
-    tile = lookup(kernel, device_family(device), operand_width(compute_dtype, *operands), r)
+    width = operand_width(compute_dtype, *operands)
+    tile = measured_tile(kernel, capability_of(device), width, r) or lookup(kernel, device_family(device), width, r)
     # The table's pipelines hold elements of up to 32 bits.
     wide = any(t is not None and t.itemsize > 4 for t in (*operands, adapter))
     return replace(tile, num_stages=1) if wide else tile
@@ -221,10 +241,13 @@ __all__ = [
     "Family",
     "Tile",
     "Width",
+    "capability_of",
     "choose",
     "configurations",
     "device_family",
+    "family_of",
     "lookup",
+    "measured_tile",
     "operand_width",
     "rank_block",
     "rank_padding",

@@ -1,0 +1,123 @@
+"""Measured plans and tiles go before calculated ones, where they belong to the device, the compiler and the call."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from adalora_kernels.backends.triton import measured, plans, tiles
+from adalora_kernels.backends.triton.measured import Point
+from adalora_kernels.backends.triton.problem import Problem
+from adalora_kernels.backends.triton.tiles import Family, Tile, Width
+
+BF16, FP32 = torch.bfloat16, torch.float32
+POINT = {"M": 8192, "K": 4096, "N": 4096, "R": 16, "width": "half", "adapter_bytes": 4}
+CONTENT = {
+    "9.0": {
+        "3.6": {
+            "evidence": ["some-device-sweep.json"],
+            "tiles": [
+                {"kernel": "one_pass", "width": "half", "max_rank": 16, "tile": [128, 64, 32, 4, 5]},
+                {"kernel": "one_pass", "width": "half", "max_rank": 64, "tile": [64, 64, 32, 4, 5]},
+            ],
+            "plans": [{"direction": "forward", "point": POINT, "plan": "slow"}],
+        }
+    }
+}
+
+
+@pytest.fixture(autouse=True)
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``CONTENT`` is what the file holds, and the triton in use is the one that it was measured with."""
+    monkeypatch.setattr(measured, "tables", lambda: measured.read(CONTENT))
+    monkeypatch.setattr(measured, "version", lambda _: "3.6.0")
+    kept = (measured.table, measured._tile, plans.choose)
+    for function in kept:
+        function.cache_clear()
+    yield
+    for function in kept:
+        function.cache_clear()
+
+
+def problem(**changes: Any) -> Problem:
+    usual = Problem(8192, 4096, 4096, 16, BF16, BF16, FP32, BF16, False, False, True, Family.HOPPER, (9, 0))
+    return usual._replace(**changes)
+
+
+def test_tiles() -> None:
+    assert tiles.measured_tile("one_pass", (9, 0), Width.HALF, 8) == Tile(128, 64, 32, 4, 5)
+    assert tiles.measured_tile("one_pass", (9, 0), Width.HALF, 33) == Tile(64, 64, 32, 4, 5)
+    others = [("one_pass", (9, 0), Width.HALF, 65), ("v", (9, 0), Width.HALF, 8), ("one_pass", None, Width.HALF, 8)]
+    others += [("one_pass", (8, 0), Width.HALF, 8), ("one_pass", (9, 0), Width.MIXED, 8)]
+    assert [tiles.measured_tile(*other) for other in others] == [None] * 5
+
+
+def test_launchers_and_explain_take_them() -> None:
+    half, cpu = torch.empty(1, dtype=BF16), torch.device("cpu")
+    usual = tiles.choose("v", cpu, 16, BF16, half, adapter=half)
+    with measured.trial("v", (16, 16, 0, 4, 1)):
+        assert tiles.choose("v", cpu, 16, BF16, half, adapter=half) == Tile(16, 16, 0, 4, 1)
+    assert tiles.choose("v", cpu, 16, BF16, half, adapter=half) == usual
+    choice = plans.Choice("one_pass", next(iter(plans.BACKWARD)), "")
+    assert "one_pass 128×64×32, 4 warps, 5 stages" in plans.configuration(problem(), choice)
+
+
+def test_another_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "version", lambda _: "3.7.1")
+    assert measured.table((9, 0)) is None
+
+
+def plan(direction: str, able: tuple[str, ...] = ("slow", "fast"), **changes: Any) -> tuple[str, str] | None:
+    return plans._measured(direction, problem(**changes), able)
+
+
+def test_the_plan_that_was_fastest_nearby() -> None:
+    found = plan("forward")
+    assert found is not None and found[0] == "slow"
+    assert found[1] == "slow, measured fastest at M=8192, K=4096, N=4096, R=16 (some-device-sweep.json)"
+    assert plan("forward", tokens=4096, rank=32) is not None
+    assert plan("forward", need_x=False) is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens": 1024}, {"rank": 128}, {"in_features": 768}, {"adapter_dtype": BF16}, {"compute_dtype": FP32},
+        {"dropout": True}, {"weight_dtype": None}, {"capability": (10, 0)}, {"x_dtype": FP32}, {"tokens": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_nothing_like_it_was_measured(changes: dict[str, Any]) -> None:
+    assert plan("forward", **changes) is None
+
+
+def test_what_cannot_run_is_not_chosen() -> None:
+    assert plan("forward", able=("fast",)) is None
+    assert plan("backward") is None
+
+
+def test_distance_is_in_factors_of_two() -> None:
+    table = measured.read(CONTENT)["9.0", "3.6"]
+    near, far = Point(8192 * 2, 4096 * 2, 4096, 16, "half", 4), Point(8192 * 2, 4096 * 2, 4096 * 2, 16, "half", 4)
+    assert table.plan("forward", near, ("slow",)) == ("slow", Point(**POINT))
+    assert table.plan("forward", far, ("slow",)) is None
+
+
+def test_versions() -> None:
+    assert measured.minor_version("3.6.0") == "3.6" and measured.minor_version("3.10.1+git1") == "3.10"
+    assert list(measured.read(CONTENT)) == [("9.0", "3.6")]
+
+
+def test_committed_table_names_plans_and_kernels_that_exist() -> None:
+    """And nothing is in it that no record in benchmarks/results gives evidence of."""
+    names = {"forward": plans.FORWARD, "backward": plans.BACKWARD}
+    results = measured.PATH.parents[3] / "benchmarks" / "results"
+    committed = measured.read(json.loads(measured.PATH.read_text())) if measured.PATH.exists() else {}
+    for table in committed.values():
+        assert table.evidence and all((results / name).exists() for name in table.evidence)
+        assert all(name in names[direction] for (direction, _), name in table.plans.items())
+        kernels = {kernel for found in names.values() for each in found.values() for kernel in each.kernels}
+        assert all(kernel in kernels for kernel, _ in table.tiles)
