@@ -18,6 +18,7 @@ GROUPS = {
     "layer": ("kernel_cases.py", "test_layer"),
     "kernels": ("kernel_cases.py", "not test_layer"),
     "op": ("op_cases.py", ""),
+    "forward_plans": ("forward_plan_cases.py", ""),
 }
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
