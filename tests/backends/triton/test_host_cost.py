@@ -1,0 +1,88 @@
+"""What one eager layer, forward and backward, asks of the host: launches and operators, beside PEFT's LoRA layer.
+
+Counted on the CPU with launches stubbed; ``make gpu`` times the same on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+triton = pytest.importorskip("triton")
+pytest.importorskip("peft")
+
+from adalora_kernels import SVDLinear  # noqa: E402
+from adalora_kernels.backends import select  # noqa: E402
+from tests.backends.triton.stub_driver import StubDriver, stub_driver  # noqa: E402
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set in this process")
+
+FEATURES, RANK, TOKENS = 64, 16, 16
+
+
+class Operators(TorchDispatchMode):
+    """Counts what passes the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Count(list[Any]):
+    """In place of the stub's list of launches: to hold their tensors would keep autograd from taking gradients over."""
+
+    number = 0
+
+    def append(self, launch: Any) -> None:
+        self.number += 1
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
+    """Triton takes CPU tensors, and launches nothing."""
+    monkeypatch.setattr(select, "unavailable_reason", lambda backend, device_type: None)
+    select._select.cache_clear()
+    with stub_driver() as driver:
+        driver.launches = Count()
+        yield driver
+    select._select.cache_clear()
+
+
+def operators(layer: nn.Module) -> list[str]:
+    """Of the second step, when all is compiled and kept."""
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    x = torch.randn(TOKENS, FEATURES, requires_grad=True)
+    layer(x).backward(torch.ones(TOKENS, FEATURES))
+    x.grad = None
+    layer.zero_grad()
+    with Operators() as counted:
+        layer(x).backward(torch.ones(TOKENS, FEATURES))
+    return counted.names
+
+
+def test_fewer_than_lora(stub: StubDriver, record_property: Callable[[str, object], None]) -> None:
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import Linear
+
+    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0)
+    lora = operators(Linear(nn.Linear(FEATURES, FEATURES), "default", config, r=RANK, lora_alpha=RANK))
+    ours = operators(SVDLinear(FEATURES, FEATURES, r=RANK, backend="triton"))
+    launches = stub.launches.number // 2
+    allocations = [name for name in ours if "empty" in name]  # nothing is queued for them
+    queued = launches + len(ours) - len(allocations)
+    text = f"{launches} launches, {queued - launches} operators, {len(allocations)} allocations"
+    text += f"; PEFT's LoRA {len(lora)} operators"
+    record_property("measured", f"host side of an eager layer, forward + backward: {text}")
+    assert launches >= 2
+    assert queued <= len(lora) / 2
+    assert queued + len(allocations) < len(lora)
