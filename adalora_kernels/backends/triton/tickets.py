@@ -17,6 +17,7 @@ through TMA, whose reads of data from the same launch need a proxy fence that Tr
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from threading import Lock
 
 import torch
@@ -71,6 +72,23 @@ def await_published(workspace_ptr, block):
     tl.debug_barrier()
 
 
+@triton.jit
+def arrives_last(workspace_ptr, arrivals):
+    """Whether this program is the last of ``arrivals`` to call this; if so, it may read what the others stored."""
+    tl.debug_barrier()
+    last = tl.atomic_add(workspace_ptr, 1, sem="acq_rel") == arrivals - 1
+    if last:
+        tl.atomic_xchg(workspace_ptr, 0, sem="relaxed")
+    tl.debug_barrier()
+    return last
+
+
+@cache
+def programs(device: torch.device) -> int:
+    """Programs that take tickets: one for each multiprocessor, which 8 warps of a product fill."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def workspace(device: torch.device, row_blocks: int) -> Tensor:
     """Zeroed int32 for one launch on the current stream of ``device``: at least 1 + ``row_blocks`` of them.
 
@@ -122,4 +140,4 @@ def _lasting_zeros(device: torch.device, ints: int) -> Tensor:
         return executor.submit(allocate).result()
 
 
-__all__ = ["await_published", "publish", "take_ticket", "tile_of", "workspace"]
+__all__ = ["arrives_last", "await_published", "programs", "publish", "take_ticket", "tile_of", "workspace"]

@@ -14,7 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from adalora_kernels.backends.triton import tiles  # noqa: E402
-from adalora_kernels.backends.triton.backward import split  # noqa: E402
+from adalora_kernels.backends.triton.backward import blas, split  # noqa: E402
 from adalora_kernels.backends.triton.forward import delta, one_pass  # noqa: E402
 from adalora_kernels.backends.triton.tiles import Configuration, Family, Width  # noqa: E402
 from adalora_kernels.reference.svd_linear import Adapter  # noqa: E402
@@ -58,7 +58,8 @@ def launch_of(
             one_pass.forward(x, weight, empty(N), None, adapter)
         else:
             u = empty(M, tiles.rank_padding(rank), dtype=compute)
-            split.backward(y, x, u, weight, adapter, (True, True, True, True))
+            needs = {"v": (False, True, False, False), "t": (False, False, False, True)}.get(kernel, (True,) * 4)
+            (blas if kernel == "x" else split).backward(y, x, u, weight, adapter, needs)
     suffix = kernel if kernel in ("one_pass", "delta") else f"backward_{kernel}"
     return next(launch for launch in launches if launch.name == f"svd_linear_{suffix}_kernel")
 

@@ -1,39 +1,65 @@
-"""The second stage of the backward's sums over tokens: add what each slab of rows left, and finish the gradients.
+"""The second stage of the backward's sums: add what each slab of rows left, and finish the gradients.
 
-    dA = Σ_s dA_s,   dB = (Σ_s T_s) ⊙ λ,   dE = c · mask ⊙ Σ_s colsum(B ⊙ T_s)
+    dA = Σ_s dA_s,   T = Σ_s T_s,   dB = T ⊙ λ,   dE = c · mask ⊙ colsum(B ⊙ T)
 
-Reads the partials, R (slabs_T N + slabs_A K) fp32 elements, once and writes the gradients once, in their
-parameters' dtypes.
+Reads the shares, slabs_T N Rpad + slabs_A K Rpad fp32 elements, once, and writes the gradients once, in their
+parameters' dtypes. Sums are taken in an order that depends on the shapes alone: whichever program happens to be the
+last to finish its rows of T, it adds the rows' column sums in the same order. v = g B is summed likewise, from the
+shares of the blocks of g's columns.
 """
 
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from adalora_kernels.backends.triton.products import rounded, singular_values
+from adalora_kernels.backends.triton import tiles
+from adalora_kernels.backends.triton.launch import launch
+from adalora_kernels.backends.triton.products import rounded, singular_values, strides
+from adalora_kernels.backends.triton.tickets import arrives_last, workspace
+from adalora_kernels.reference.svd_linear import Adapter
+
+_ELEMENTS = 4096  # in flight at a time in a program, of fp32
 
 
 @triton.jit
-def _sum_slabs(partial_ptr, slabs, rows, ROWS, RANK_PADDED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Some rows of fp32 partials [slabs, ROWS, RANK_PADDED] summed over the slabs in order: [BLOCK, BLOCK_R]."""
+def _sum_slabs(
+    shares_ptr,
+    slabs,
+    first_row,
+    ROWS,
+    RANK_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """BLOCK rows of fp32 shares [slabs, ROWS, RANK_PADDED] summed over the slabs: [BLOCK, BLOCK_R]."""
+    s = tl.arange(0, BLOCK_S)
+    rows = first_row + tl.arange(0, BLOCK)
     r = tl.arange(0, BLOCK_R)
-    partial_ptrs = partial_ptr + rows[:, None] * RANK_PADDED + r[None, :]
+    inside = (rows < ROWS)[:, None] & (r < RANK_PADDED)[None, :]
+    share_ptrs = shares_ptr + s.to(tl.int64)[:, None, None] * ROWS * RANK_PADDED
+    share_ptrs += (rows.to(tl.int64)[:, None] * RANK_PADDED + r[None, :])[None, :, :]
     total = tl.zeros((BLOCK, BLOCK_R), tl.float32)
-    for _ in range(slabs):
-        total += tl.load(partial_ptrs, mask=(rows[:, None] < ROWS) & (r[None, :] < RANK_PADDED), other=0.0)
-        partial_ptrs += ROWS * RANK_PADDED
+    for start in range(0, slabs, BLOCK_S):
+        shares = tl.load(share_ptrs, mask=(s < slabs - start)[:, None, None] & inside[None, :, :], other=0.0)
+        total += tl.sum(shares, axis=0)
+        share_ptrs += tl.full((), BLOCK_S, tl.int64) * ROWS * RANK_PADDED
     return total
 
 
-@triton.jit(do_not_specialize=["slabs_t", "slabs_a", "colsum_rows", "blocks_b", "blocks_a"])
-def svd_linear_backward_finish_kernel(
+@triton.jit(do_not_specialize=["slabs_t", "slabs_a", "blocks_t"])
+def _svd_linear_backward_finish_kernel(
     t_ptr,
-    colsum_ptr,
-    partial_a_ptr,
+    da_shares_ptr,
     e_ptr,
+    b_ptr,
     mask_ptr,
+    colsum_ptr,
+    workspace_ptr,
     da_ptr,
     de_ptr,
     db_ptr,
@@ -42,44 +68,163 @@ def svd_linear_backward_finish_kernel(
     R,
     slabs_t,
     slabs_a,
-    colsum_rows,
-    blocks_b,
-    blocks_a,
+    blocks_t,
+    stride_er,
+    stride_bn,
+    stride_br,
+    stride_mask,
+    scaling,
+    RANK_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The first ``blocks_t`` programs sum T and finish dB and dE, the others dA."""
+    pid = tl.program_id(0)
+    r = tl.arange(0, BLOCK_R)
+    if pid < blocks_t:
+        if t_ptr is not None:
+            t = _sum_slabs(t_ptr, slabs_t, pid * BLOCK, N, RANK_PADDED, BLOCK, BLOCK_R, BLOCK_S)
+            n = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            inside = (n < N)[:, None] & (r < R)[None, :]
+            if db_ptr is not None:
+                db = t * singular_values(e_ptr, mask_ptr, stride_er, stride_mask, scaling, r, R)[None, :]
+                tl.store(db_ptr + n[:, None] * R + r[None, :], rounded(db, db_ptr.dtype.element_ty), mask=inside)
+            if de_ptr is not None:
+                b_ptrs = b_ptr + n[:, None] * stride_bn + r.to(tl.int64)[None, :] * stride_br
+                b_tile = tl.load(b_ptrs, mask=inside, other=0.0).to(tl.float32)  # [BLOCK, BLOCK_R]
+                tl.store(colsum_ptr + pid * RANK_PADDED + r, tl.sum(b_tile * t, axis=0), mask=r < RANK_PADDED)
+                if arrives_last(workspace_ptr, blocks_t):
+                    c = tl.arange(0, BLOCK_C)
+                    colsum = tl.zeros((BLOCK_R,), tl.float32)
+                    for start in range(0, blocks_t, BLOCK_C):
+                        colsum_ptrs = colsum_ptr + (start + c)[:, None] * RANK_PADDED + r[None, :]
+                        here = (start + c < blocks_t)[:, None] & (r < RANK_PADDED)[None, :]
+                        colsum += tl.sum(tl.load(colsum_ptrs, mask=here, other=0.0), axis=0)
+                    de = colsum * scaling
+                    if mask_ptr is not None:
+                        de *= tl.load(mask_ptr + r * stride_mask, mask=r < R, other=0).to(tl.float32)
+                    tl.store(de_ptr + r, rounded(de, de_ptr.dtype.element_ty), mask=r < R)
+    else:
+        if da_ptr is not None:
+            first_k = (pid - blocks_t) * BLOCK
+            da = _sum_slabs(da_shares_ptr, slabs_a, first_k, K, RANK_PADDED, BLOCK, BLOCK_R, BLOCK_S)
+            k = first_k + tl.arange(0, BLOCK)
+            da_ptrs = da_ptr + r.to(tl.int64)[None, :] * K + k[:, None]
+            tl.store(da_ptrs, rounded(da, da_ptr.dtype.element_ty), mask=(k < K)[:, None] & (r < R)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "blocks_n"])
+def _svd_linear_backward_sum_v_kernel(
+    shares_ptr,
+    e_ptr,
+    mask_ptr,
+    v_ptr,
+    M,
+    R,
+    blocks_n,
     stride_er,
     stride_mask,
     scaling,
     RANK_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """Add the slabs up: the first ``blocks_b`` programs finish dB, the next ``blocks_a`` dA, the one after them dE."""
-    pid = tl.program_id(0)
+    """v ⊙ λ from the shares of v that each block of columns of g left."""
+    first_m = tl.program_id(0).to(tl.int64) * BLOCK
+    m = first_m + tl.arange(0, BLOCK)
     r = tl.arange(0, BLOCK_R)
-    if pid < blocks_b:
-        if db_ptr is not None:
-            n = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            t = _sum_slabs(t_ptr, slabs_t, n, N, RANK_PADDED, BLOCK, BLOCK_R)
-            db = t * singular_values(e_ptr, mask_ptr, stride_er, stride_mask, scaling, r, R)[None, :]
-            db_ptrs = db_ptr + n[:, None] * R + r[None, :]
-            tl.store(db_ptrs, rounded(db, db_ptr.dtype.element_ty), mask=(n[:, None] < N) & (r[None, :] < R))
-    elif pid < blocks_b + blocks_a:
-        if da_ptr is not None:
-            k = (pid - blocks_b).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            da = _sum_slabs(partial_a_ptr, slabs_a, k, K, RANK_PADDED, BLOCK, BLOCK_R)
-            da_ptrs = da_ptr + r.to(tl.int64)[None, :] * K + k[:, None]
-            tl.store(da_ptrs, rounded(da, da_ptr.dtype.element_ty), mask=(k[:, None] < K) & (r[None, :] < R))
-    else:
-        if de_ptr is not None:
-            rows = tl.arange(0, BLOCK)
-            total = tl.zeros((BLOCK, BLOCK_R), tl.float32)
-            for start in range(0, colsum_rows, BLOCK):
-                offsets = (start + rows)[:, None] * RANK_PADDED + r[None, :]
-                inside = (start + rows < colsum_rows)[:, None] & (r[None, :] < RANK_PADDED)
-                total += tl.load(colsum_ptr + offsets, mask=inside, other=0.0)
-            de = tl.sum(total, axis=0) * scaling
-            if mask_ptr is not None:
-                de *= tl.load(mask_ptr + r * stride_mask, mask=r < R, other=0).to(tl.float32)
-            tl.store(de_ptr + r, rounded(de, de_ptr.dtype.element_ty), mask=r < R)
+    v = _sum_slabs(shares_ptr, blocks_n, first_m, M, RANK_PADDED, BLOCK, BLOCK_R, BLOCK_S)
+    v *= singular_values(e_ptr, mask_ptr, stride_er, stride_mask, scaling, r, R)[None, :]
+    v_ptrs = v_ptr + m[:, None] * RANK_PADDED + r[None, :]
+    tl.store(v_ptrs, rounded(v, v_ptr.dtype.element_ty), mask=(m < M)[:, None] & (r < RANK_PADDED)[None, :])
 
 
-__all__ = ["svd_linear_backward_finish_kernel"]
+def sum_v(shares: Tensor, adapter: Adapter) -> Tensor:
+    """v ⊙ λ [M, rank_padding(R)] in the dtype of the products, from fp32 shares [column blocks, M, rank_padding(R)]."""
+    blocks_n, M, rank_padded = shares.shape
+    _, lora_E, lora_B, mask, _, scaling, _, compute_dtype = adapter
+    R = lora_B.shape[1]
+    tile, rank_block = tiles.FINISH_TILE, tiles.rank_block(R)
+    v = torch.empty((M, rank_padded), dtype=compute_dtype, device=shares.device)
+    launch(
+        _svd_linear_backward_sum_v_kernel,
+        (triton.cdiv(M, tile.block_m),),
+        shares,
+        lora_E,
+        mask,
+        v,
+        M,
+        R,
+        blocks_n,
+        *strides(lora_E, 1),
+        *strides(mask, 1),
+        scaling,
+        RANK_PADDED=rank_padded,
+        BLOCK=tile.block_m,
+        BLOCK_R=rank_block,
+        BLOCK_S=_ELEMENTS // (tile.block_m * rank_block),
+        **tile.options,
+    )
+    return v
+
+
+def finish(
+    t: Tensor | None, da_shares: Tensor | None, adapter: Adapter, needs: tuple[bool, bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dA, dE and dB, each None where it isn't asked for.
+
+    Args:
+        t: contiguous fp32 [slabs, N, rank_padding(R)], each slab's share of T; None where neither dE nor dB is needed.
+        da_shares: likewise [slabs, K, rank_padding(R)] of dAᵀ; None where dA isn't needed.
+        adapter: of the layer.
+        needs: whether dx, dA, dE, dB are asked for.
+    """
+    lora_A, lora_E, lora_B, mask, _, scaling, _, _ = adapter
+    (R, K), N = lora_A.shape, lora_B.shape[0]
+    _, need_A, need_E, need_B = needs
+    device = lora_A.device
+    dA = torch.empty((R, K), dtype=lora_A.dtype, device=device) if need_A else None
+    dE = torch.empty(lora_E.shape, dtype=lora_E.dtype, device=device) if need_E else None
+    dB = torch.empty((N, R), dtype=lora_B.dtype, device=device) if need_B else None
+    if not (need_A or need_E or need_B):
+        return dA, dE, dB
+    tile, rank_padded, rank_block = tiles.FINISH_TILE, tiles.rank_padding(R), tiles.rank_block(R)
+    blocks_t = triton.cdiv(N, tile.block_m) if t is not None else 0
+    blocks_a = triton.cdiv(K, tile.block_m) if need_A else 0
+    launch(
+        _svd_linear_backward_finish_kernel,
+        (blocks_t + blocks_a,),
+        t,
+        da_shares,
+        lora_E,
+        lora_B,
+        mask,
+        torch.empty((blocks_t, rank_padded), dtype=torch.float32, device=device) if need_E else None,
+        workspace(device, 0) if need_E else None,
+        dA,
+        dE,
+        dB,
+        N,
+        K,
+        R,
+        t.shape[0] if t is not None else 0,
+        da_shares.shape[0] if da_shares is not None else 0,
+        blocks_t,
+        *strides(lora_E, 1),
+        *lora_B.stride(),
+        *strides(mask, 1),
+        scaling,
+        RANK_PADDED=rank_padded,
+        BLOCK=tile.block_m,
+        BLOCK_R=rank_block,
+        BLOCK_S=_ELEMENTS // (tile.block_m * rank_block),
+        BLOCK_C=_ELEMENTS // rank_block,
+        **tile.options,
+    )
+    return dA, dE, dB
+
+
+__all__ = ["finish", "sum_v"]
