@@ -16,9 +16,10 @@ STABLE_TORCH_LIBRARY(adalora_native, m) {
   m.def("total_norm(Tensor[] tensors) -> Tensor");
   m.def("mask_to_budget(Tensor scores, Tensor(a!) live, Tensor enabled, Tensor(b!)[] lora_E, int budget) -> Tensor");
   m.def("zero_pruned(Tensor live, Tensor(a!)[] lora_E) -> ()");
+  m.def("orthogonality(Tensor[] lora_A, Tensor[] lora_B, float factor, bool squared) -> (Tensor, Tensor)");
   m.def(
-      "orthogonality(Tensor[] lora_A, Tensor[] lora_B, float factor, bool squared, Tensor(a!)[] grads) -> Tensor");
-  m.def("add_scaled(Tensor(a!)[] targets, Tensor[] terms, float scale) -> ()");
+      "orthogonality_gradients(Tensor[] lora_A, Tensor[] lora_B, Tensor slopes, float scale, Tensor(a!)[] grads, "
+      "bool add) -> ()");
   m.def("dropout(Tensor x, int threshold, float scale, Tensor seed) -> Tensor");
   m.def(
       "lowrank_forward(Tensor x, Tensor lora_A, Tensor lora_E, Tensor lora_B, Tensor? mask, float scaling, "
@@ -39,7 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(adalora_native, CPU, m) {
   m.impl("mask_to_budget", TORCH_BOX(&adalora::cpu::mask_to_budget));
   m.impl("zero_pruned", TORCH_BOX(&adalora::cpu::zero_pruned));
   m.impl("orthogonality", TORCH_BOX(&adalora::cpu::orthogonality));
-  m.impl("add_scaled", TORCH_BOX(&adalora::cpu::add_scaled));
+  m.impl("orthogonality_gradients", TORCH_BOX(&adalora::cpu::orthogonality_gradients));
   m.impl("dropout", TORCH_BOX(&adalora::cpu::dropout));
   m.impl("lowrank_forward", TORCH_BOX(&adalora::cpu::lowrank_forward));
   m.impl("lowrank_backward", TORCH_BOX(&adalora::cpu::lowrank_backward));

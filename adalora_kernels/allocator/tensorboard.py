@@ -9,10 +9,10 @@ from torch import Tensor
 from adalora_kernels.reference.orthogonality import orthogonality
 
 if TYPE_CHECKING:
-    from adalora_kernels.allocator.allocator import RankAllocator
+    from adalora_kernels.allocator.engine import BudgetEngine
 
 
-def write_scalars(writer: Any, allocator: RankAllocator, threshold: Tensor | None, step: int) -> None:
+def write_scalars(writer: Any, allocator: BudgetEngine, threshold: Tensor | None, step: int) -> None:
     """Write Ranknum/*, Budget/* (where this step ranked) and Orth_regu_loss/*. Waits for the device.
 
     Args:
@@ -35,7 +35,7 @@ def write_scalars(writer: Any, allocator: RankAllocator, threshold: Tensor | Non
             (triplet.parameter_names[0], [triplet.lora_A], []),
             (triplet.parameter_names[2], [], [triplet.lora_B]),
         ):
-            deviation = orthogonality(a, b, 1.0, squared=False, need_grad=False)[0].item()
+            deviation = orthogonality(a, b, 1.0, squared=False)[0].item()
             writer.add_scalar(f"Orth_regu_loss/{name}", deviation, step)
             deviations.append(deviation)
     writer.add_scalar("train/orth_regu_loss", sum(deviations) / len(deviations), step)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adalora_kernels.backends.native_layer import svd_linear_backward, svd_linear_forward
+from adalora_kernels.reference.adamw import Importance
 from adalora_kernels.reference.importance import TripletLayout
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -76,11 +77,44 @@ def importance_update(
     try:
         finite: Tensor = ops.importance_update(state, half, scores, sizes, params, given, beta1, beta2)
     except RuntimeError:
-        shapes = [shape for r, k, n in layout.shapes for shape in ((r, k), (r, 1), (n, r))]
-        _refuse("params", params, shapes, state.device)
-        _refuse("grads", grads, shapes, state.device)
+        _refuse_parameters(layout, params, grads, state.device)
         raise
     return finite
+
+
+def adamw_update(
+    layout: TripletLayout,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    moments: Tensor,
+    steps: Tensor,
+    groups: Tensor,
+    settings: Tensor,
+    grad_scale: Tensor,
+    importance: Importance | None,
+) -> Tensor:
+    """One step of all adapters in one sweep; see ``reference.adamw.adamw_update``.
+
+    Bitwise repeatable, whatever the number of threads.
+    """
+    none = moments.new_empty(0)
+    given = [none if g is None else g for g in grads]
+    averages = (None, None, None, 0.0, 0.0, False) if importance is None else importance
+    try:
+        finite: Tensor = _ops("cpu").adamw_update(
+            _sizes(layout), params, given, moments, steps, groups, settings, grad_scale, *averages
+        )
+    except RuntimeError:
+        _refuse_parameters(layout, params, grads, moments.device)
+        raise
+    torch.autograd.graph.increment_version(params)
+    return finite
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """‖·‖₂ of all tensors together, fp64 [1]. Bitwise repeatable, whatever the number of threads."""
+    norm: Tensor = _ops("cpu").total_norm(tensors)
+    return norm
 
 
 @lru_cache(maxsize=16)
@@ -124,45 +158,39 @@ def zero_pruned(live: Tensor, lora_E: Sequence[Tensor]) -> None:
 
 
 def orthogonality(
-    lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], weight: float, squared: bool, need_grad: bool
-) -> tuple[Tensor, list[Tensor]]:
-    """Value and gradient of the regulariser over all matrices; see ``reference.orthogonality.orthogonality``.
+    lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], weight: float, squared: bool
+) -> tuple[Tensor, Tensor]:
+    """Value and slopes of the regulariser over all matrices; see ``reference.orthogonality.orthogonality``.
 
-    Bitwise repeatable, whatever the number of threads. Gradients of one shape and dtype are slices of one buffer.
+    Bitwise repeatable, whatever the number of threads.
     """
     ops = _ops("cpu")
     if not lora_A or len(lora_A) != len(lora_B):
         raise ValueError(f"lora_A, lora_B: expected the same number, at least 1, got {len(lora_A)} and {len(lora_B)}")
-    matrices = [*lora_A, *lora_B]
-    grads = _room(matrices) if need_grad else []
-    factor = weight if squared else weight / len(matrices)
+    factor = weight if squared else weight / (2 * len(lora_A))
     try:
-        value: Tensor = ops.orthogonality(lora_A, lora_B, factor, squared, grads)
+        result: tuple[Tensor, Tensor] = ops.orthogonality(lora_A, lora_B, factor, squared)
     except RuntimeError:
         for name, factors in (("lora_A", lora_A), ("lora_B", lora_B)):
             if flat := [i for i, m in enumerate(factors) if m.dim() != 2]:
                 i = flat[0]
                 raise ValueError(f"{name}[{i}]: expected 2 dimensions, got {list(factors[i].shape)}") from None
+        matrices = [*lora_A, *lora_B]
         _refuse("lora_A, lora_B", matrices, [m.shape for m in matrices], torch.device("cpu"))
         raise
-    return value, grads
+    return result
 
 
-def _room(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Uninitialised gradients, those of one shape and dtype as slices of one buffer."""
-    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-    for i, m in enumerate(matrices):
-        alike.setdefault((m.shape, m.dtype), []).append(i)
-    grads: list[Tensor] = [matrices[0]] * len(matrices)
-    for (shape, dtype), places in alike.items():
-        for place, grad in zip(places, torch.empty((len(places), *shape), dtype=dtype).unbind(0), strict=True):
-            grads[place] = grad
-    return grads
-
-
-def add_scaled(targets: Sequence[Tensor], terms: Sequence[Tensor], scale: Tensor) -> None:
-    """targets += scale · terms; see ``reference.orthogonality.add_scaled``."""
-    _ops("cpu").add_scaled(targets, terms, scale.item())
+def orthogonality_gradients(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    slopes: Tensor,
+    scale: Tensor,
+    grads: Sequence[Tensor],
+    add: bool,
+) -> None:
+    """The gradients of all matrices, written or added; see ``reference.orthogonality.orthogonality_gradients``."""
+    _ops("cpu").orthogonality_gradients(lora_A, lora_B, slopes, scale.item(), grads, add)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -216,6 +244,14 @@ def _refuse(
             raise TypeError(f"{name}[{i}]: expected float32, float64, bfloat16 or float16, got {_describe(tensor)}")
 
 
+def _refuse_parameters(
+    layout: TripletLayout, params: Sequence[Tensor], grads: Sequence[Tensor | None], device: torch.device
+) -> None:
+    shapes = [shape for r, k, n in layout.shapes for shape in ((r, k), (r, 1), (n, r))]
+    _refuse("params", params, shapes, device)
+    _refuse("grads", grads, shapes, device)
+
+
 def _refuse_values(lora_E: Sequence[Tensor], total_rank: int) -> None:
     count = sum(map(Tensor.numel, lora_E))
     if count != total_rank:
@@ -224,14 +260,16 @@ def _refuse_values(lora_E: Sequence[Tensor], total_rank: int) -> None:
 
 
 __all__ = [
-    "add_scaled",
+    "adamw_update",
     "dropout",
     "importance_update",
     "instruction_set",
     "mask_to_budget",
     "orthogonality",
+    "orthogonality_gradients",
     "svd_linear_backward",
     "svd_linear_forward",
+    "total_norm",
     "unavailable_reason",
     "zero_pruned",
 ]

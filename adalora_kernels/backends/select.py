@@ -67,12 +67,13 @@ _PLANS: dict[tuple[str, Backend], str] = {
     ("svd_linear", Backend.TRITON): BY_SHAPE,
     ("svd_linear", Backend.NATIVE): "accumulate",
     ("importance", Backend.NATIVE): "multi_tensor",
+    ("adamw", Backend.NATIVE): "multi_tensor",
     ("allocation", Backend.NATIVE): "selection",
     ("orthogonality", Backend.NATIVE): "multi_tensor",
 }
 _NATIVE_CUDA_OPS = frozenset({"importance"})
 _PREFERENCE = {"cuda": (Backend.TRITON, Backend.NATIVE), "cpu": (Backend.NATIVE,)}
-OPS = ("svd_linear", "importance", "allocation", "orthogonality")
+OPS = ("svd_linear", "importance", "adamw", "allocation", "orthogonality")
 
 
 def offers(backend: Backend, op: str) -> bool:

@@ -1,8 +1,9 @@
 """The orthogonality regulariser of all layers at once, as one differentiable number.
 
-Value and gradient come from the same pass. The gradients reach the matrices in one of two ways: through autograd,
-matrix by matrix, or (``accumulate=True``) by one launch at the end of the backward that adds them to every ``.grad``.
-Autograd would spend an addition on each of 2n matrices, since the layers' own gradients arrive there too.
+The forward leaves R² slopes of each matrix; the backward makes all gradients from them in one launch. They reach the
+matrices in one of two ways: through autograd, matrix by matrix, or (``accumulate=True``) added to every ``.grad`` by
+that one launch, at the end of the backward. Autograd would spend an addition on each of 2n matrices, since the layers'
+own gradients arrive there too.
 """
 
 from __future__ import annotations
@@ -89,31 +90,26 @@ class _Term:
         first = (lora_A or lora_B)[0]
         chosen = select("orthogonality", first.device.type, first.dtype, 0, backend).backend
         self.module = implementation("orthogonality", chosen)
-        self.grads: list[Tensor] | None = None
 
-    def value(self, need_grad: bool) -> Tensor:
-        """The value; the gradients are kept for the backward."""
-        value: Tensor
-        value, grads = self.module.orthogonality(self.lora_A, self.lora_B, self.weight, self.squared, need_grad)
-        self.grads = grads if need_grad else None
-        return value
+    def value(self) -> tuple[Tensor, Tensor]:
+        """The value and the slopes."""
+        result: tuple[Tensor, Tensor] = self.module.orthogonality(self.lora_A, self.lora_B, self.weight, self.squared)
+        return result
 
-    def take_gradients(self) -> list[Tensor]:
-        """The gradients of A₀, A₁, …, B₀, B₁, …, given away: a second backward through a kept graph makes them anew."""
-        if self.grads is None:
-            self.value(need_grad=True)
-        grads, self.grads = self.grads, None
-        assert grads is not None
+    def gradients(self, slopes: Tensor, scale: Tensor) -> list[Tensor]:
+        """New gradients of A₀, A₁, …, B₀, B₁, …"""
+        grads = _room([*self.lora_A, *self.lora_B])
+        self.module.orthogonality_gradients(self.lora_A, self.lora_B, slopes, scale, grads, False)
         return grads
 
-    def accumulate(self, scale: Tensor) -> None:
-        """Add the gradients times ``scale`` to ``.grad`` of the matrices that train."""
-        matrices, terms = [*self.lora_A, *self.lora_B], self.take_gradients()
+    def accumulate(self, slopes: Tensor, scale: Tensor) -> None:
+        """Add the gradients to ``.grad`` of the matrices that train."""
+        matrices = [*self.lora_A, *self.lora_B]
         grads = [m.grad for m in matrices]
-        if _is_one(scale) and not any(grad is not None for grad in grads):
-            for m, term in zip(matrices, terms, strict=True):
+        if not any(grad is not None for grad in grads):
+            for m, grad in zip(matrices, self.gradients(slopes, scale), strict=True):
                 if m.requires_grad:
-                    m.grad = term
+                    m.grad = grad
             return
         targets = []
         for m, grad in zip(matrices, grads, strict=True):
@@ -122,29 +118,35 @@ class _Term:
                 if m.requires_grad:
                     m.grad = grad
             targets.append(grad)
-        self.module.add_scaled(targets, terms, scale)
+        self.module.orthogonality_gradients(self.lora_A, self.lora_B, slopes, scale, targets, True)
 
 
-def _is_one(scale: Tensor) -> bool:
-    """Whether it is known to be 1 without waiting for a device."""
-    return scale.device.type == "cpu" and scale.item() == 1.0
+def _room(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Uninitialised gradients, those of one shape, dtype and device as slices of one buffer."""
+    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
+    for i, m in enumerate(matrices):
+        alike.setdefault((m.shape, m.dtype, m.device), []).append(i)
+    grads: list[Tensor] = [matrices[0]] * len(matrices)
+    for (shape, dtype, device), places in alike.items():
+        buffer = torch.empty((len(places), *shape), dtype=dtype, device=device)
+        for place, grad in zip(places, buffer.unbind(0), strict=True):
+            grads[place] = grad
+    return grads
 
 
 class _Orthogonality(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, term: _Term, *matrices: Tensor) -> Tensor:
+        value, slopes = term.value()
         ctx.term = term
-        ctx.save_for_backward(*matrices)
-        return term.value(need_grad=any(ctx.needs_input_grad))
+        # The matrices only so that a change of one is noticed: the launch reads them through the term.
+        ctx.save_for_backward(slopes, *matrices)
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors  # raises where a matrix has changed since
-        # Given away rather than kept, so that autograd takes these tensors as .grad instead of copying them.
-        grads = ctx.term.take_gradients()
-        if not _is_one(grad_value):
-            grads = torch._foreach_mul(grads, grad_value)
+        grads = ctx.term.gradients(ctx.saved_tensors[0], grad_value)
         needs = ctx.needs_input_grad[1:]
         return (None, *(grad if need else None for grad, need in zip(grads, needs, strict=True)))
 
@@ -154,8 +156,10 @@ class _AccumulatedOrthogonality(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, term: _Term, trained: Tensor) -> Tensor:
+        value, slopes = term.value()
         ctx.term = term
-        return term.value(need_grad=any(ctx.needs_input_grad))
+        ctx.save_for_backward(slopes)
+        return value
 
     @staticmethod
     @once_differentiable
@@ -168,12 +172,12 @@ class _AccumulatedOrthogonality(torch.autograd.Function):
                 "orthogonality: torch.autograd.grad can't have this term's gradient, which is added to .grad when "
                 "backward() ends; leave the term out of that loss, or make it without accumulate=True"
             ) from None
-        term = ctx.term
+        term, (slopes,) = ctx.term, ctx.saved_tensors
         engine = torch.autograd.Variable._execution_engine
 
         def add() -> None:
             with torch.no_grad():
-                term.accumulate(grad_value)
+                term.accumulate(slopes, grad_value)
 
         # Queued again when its turn comes: what others queue meanwhile, such as DistributedDataParallel's wait for its
         # reductions, then comes first.

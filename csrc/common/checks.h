@@ -62,10 +62,10 @@ inline Operand operand_of(Tensor& matrix, int64_t rows, int64_t columns, const T
   return {matrix.mutable_data_ptr(), float_dtype(matrix, name)};
 }
 
-// The memory of the parameters A₀, E₀, B₀, A₁, …, or of their gradients, of layers with sizes R, K, N; null where a
-// tensor without elements stands for none.
+// The memory of the parameters A₀, E₀, B₀, A₁, …, of layers with sizes R, K, N; or of their gradients, of which some may
+// be missing: null where a tensor without elements stands for none.
 inline std::vector<Operand> operands_of(std::vector<Tensor>& tensors, const int64_t* sizes, int64_t layers,
-                                        const Tensor& place, const char* name) {
+                                        const Tensor& place, const char* name, bool some_missing) {
   STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == 3 * layers, name, ": expected ", 3 * layers, " tensors");
   std::vector<Operand> operands;
   operands.reserve(tensors.size());
@@ -73,9 +73,9 @@ inline std::vector<Operand> operands_of(std::vector<Tensor>& tensors, const int6
     const int64_t r = sizes[i], shapes[3][2] = {{r, sizes[layers + i]}, {r, 1}, {sizes[2 * layers + i], r}};
     for (int64_t part = 0; part < 3; ++part) {
       Tensor& tensor = tensors[3 * i + part];
-      const bool none = tensor.numel() == 0 && r > 0;
-      operands.push_back(none ? Operand{nullptr, DType::kFloat32}
-                              : operand_of(tensor, shapes[part][0], shapes[part][1], place, name));
+      const auto [rows, columns] = shapes[part];
+      const bool none = tensor.numel() == 0 && (some_missing || rows * columns == 0);
+      operands.push_back(none ? Operand{nullptr, DType::kFloat32} : operand_of(tensor, rows, columns, place, name));
     }
   }
   return operands;

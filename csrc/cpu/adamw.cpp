@@ -84,8 +84,8 @@ Tensor adamw_update(const Tensor& shapes, std::vector<Tensor> params, std::vecto
   check_contiguous(settings, ScalarType::Double, settings.numel(), "settings");
   check_contiguous(grad_scale, ScalarType::Double, 1, "grad_scale");
   for (const Tensor& param : params) STD_TORCH_CHECK(param.is_contiguous(), "params: expected contiguous tensors");
-  const std::vector<Operand> read_params = operands_of(params, sizes, layers, moments, "params");
-  const std::vector<Operand> read_grads = operands_of(grads, sizes, layers, moments, "grads");
+  const std::vector<Operand> read_params = operands_of(params, sizes, layers, moments, "params", false);
+  const std::vector<Operand> read_grads = operands_of(grads, sizes, layers, moments, "grads", true);
   const int64_t* group = static_cast<const int64_t*>(groups.const_data_ptr());
   for (int64_t i = 0; i < 3 * layers; ++i)
     STD_TORCH_CHECK(group[i] >= 0 && kSettings * (group[i] + 1) <= settings.numel(), "groups: no such row of settings");

@@ -42,8 +42,8 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
   const int64_t layers = check_table(shapes, 3, "shapes");
   const int64_t* sizes = static_cast<const int64_t*>(shapes.const_data_ptr());
   const Averages averages = averages_of(state, half, scores, sizes, layers);
-  const std::vector<Operand> read_params = operands_of(params, sizes, layers, state, "params");
-  const std::vector<Operand> read_grads = operands_of(grads, sizes, layers, state, "grads");
+  const std::vector<Operand> read_params = operands_of(params, sizes, layers, state, "params", false);
+  const std::vector<Operand> read_grads = operands_of(grads, sizes, layers, state, "grads", true);
   const auto& kernels = ADALORA_KERNELS(importance_kernels);
   const bool taken = state.scalar_type() == ScalarType::Double
                          ? update<double>(averages, scores, sizes, layers, read_params, read_grads, {beta1, beta2},

@@ -22,9 +22,10 @@ Tensor total_norm(std::vector<Tensor> tensors);
 Tensor mask_to_budget(const Tensor& scores, Tensor live, const Tensor& enabled, std::vector<Tensor> values,
                       int64_t budget);
 void zero_pruned(const Tensor& live, std::vector<Tensor> values);
-Tensor orthogonality(std::vector<Tensor> lora_A, std::vector<Tensor> lora_B, double factor, bool squared,
-                     std::vector<Tensor> grads);
-void add_scaled(std::vector<Tensor> targets, std::vector<Tensor> terms, double scale);
+std::tuple<Tensor, Tensor> orthogonality(std::vector<Tensor> lora_A, std::vector<Tensor> lora_B, double factor,
+                                         bool squared);
+void orthogonality_gradients(std::vector<Tensor> lora_A, std::vector<Tensor> lora_B, const Tensor& slopes,
+                             double scale, std::vector<Tensor> grads, bool add);
 Tensor dropout(const Tensor& x, int64_t threshold, double scale, const Tensor& seed);
 Tensor lowrank_forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_E, const Tensor& lora_B,
                        std::optional<Tensor> mask, double scaling, Tensor y);

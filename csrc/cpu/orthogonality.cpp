@@ -1,7 +1,9 @@
-// Value and gradient of the orthogonality regulariser over all matrices. With C = A Aᵀ - I (Bᵀ B - I):
-//     γ' Σ ‖C‖_F  and  D A (B D) with D = γ' (2/‖C‖_F) C, or squared: γ' Σ ‖C‖_F²  and  D = 4 γ' C
-// A matrix is one item: its second reading, for the gradient, comes from the cache, so memory sees each matrix read
-// once and each gradient written once. Values are added up in the matrices' order: bitwise repeatable.
+// The orthogonality regulariser over all matrices, in two sweeps. With C = A Aᵀ - I (Bᵀ B - I):
+//     forward   γ' Σ ‖C‖_F, with slopes D = γ' (2/‖C‖_F) C; or squared: γ' Σ ‖C‖_F², with D = 4 γ' C
+//     backward  dA = D A (dB = B D), times the gradient of the value
+// The forward reads each matrix once and leaves R² numbers of it; the backward reads it again and writes the gradient,
+// or adds it to one that is there. A matrix is one item; values are added up in the matrices' order: bitwise
+// repeatable.
 #include <cmath>
 #include <vector>
 
@@ -19,32 +21,36 @@ struct Matrix {
   const void* data;
   DType dtype;
   int64_t rank, length;
-  bool columns;  // B [length, rank] rather than A [rank, length]
-  void* gradient;  // of the matrix's dtype and layout; null: not wanted
+  bool columns;    // B [length, rank] rather than A [rank, length]
+  int64_t slopes;  // where its R² slopes begin
 };
 
 // All A, then all B. Copies that operand_of makes live in the vectors.
-std::vector<Matrix> matrices_of(std::vector<Tensor>& lora_A, std::vector<Tensor>& lora_B,
-                                const std::vector<Tensor>& grads) {
+std::vector<Matrix> matrices_of(std::vector<Tensor>& lora_A, std::vector<Tensor>& lora_B) {
   STD_TORCH_CHECK(!lora_A.empty() && lora_A.size() == lora_B.size(), "lora_A, lora_B: expected as many of each");
-  STD_TORCH_CHECK(grads.empty() || grads.size() == 2 * lora_A.size(), "grads: expected one for each matrix, or none");
   std::vector<Matrix> matrices;
   matrices.reserve(2 * lora_A.size());
+  int64_t slopes = 0;
   const auto add = [&](Tensor& tensor, bool columns) {
     STD_TORCH_CHECK(tensor.dim() == 2 && tensor.is_cpu(), "lora_A, lora_B: expected matrices on the CPU");
     const int64_t rank = tensor.size(columns), length = tensor.size(!columns);
     const Operand read = operand_of(tensor, tensor.size(0), tensor.size(1), tensor, "lora_A, lora_B");
-    void* gradient = nullptr;
-    if (!grads.empty()) {
-      const Tensor& grad = grads[matrices.size()];
-      check_contiguous(grad, tensor.scalar_type(), rank * length, "grads");
-      gradient = grad.mutable_data_ptr();
-    }
-    matrices.push_back({read.data, read.dtype, rank, length, columns, gradient});
+    matrices.push_back({read.data, read.dtype, rank, length, columns, slopes});
+    slopes += rank * rank;
   };
   for (Tensor& a : lora_A) add(a, false);
   for (Tensor& b : lora_B) add(b, true);
   return matrices;
+}
+
+int64_t slopes_of(const std::vector<Matrix>& matrices) {
+  return matrices.back().slopes + matrices.back().rank * matrices.back().rank;
+}
+
+bool threaded(const std::vector<Matrix>& matrices) {
+  int64_t elements = 0;
+  for (const Matrix& m : matrices) elements += m.rank * m.length;
+  return elements >= kThreadedElements;
 }
 
 template <typename T>
@@ -67,10 +73,11 @@ const T* widened(const Matrix& m, const GramKernels<T>& kernels, Scratch<T>& scr
   return scratch.matrix.data();
 }
 
-// γ' ‖C‖ (γ' ‖C‖²) of one matrix, and its gradient.
+// γ' ‖C‖ (γ' ‖C‖²) of one matrix, and its slopes.
 template <typename T>
-double regularise(const Matrix& m, const GramKernels<T>& kernels, double factor, bool squared, Scratch<T>& scratch) {
-  const int64_t r = m.rank, count = r * m.length;
+double regularise(const Matrix& m, const GramKernels<T>& kernels, double factor, bool squared, T* slopes,
+                  Scratch<T>& scratch) {
+  const int64_t r = m.rank;
   if (r == 0) return 0.0;
   const T* data = widened(m, kernels, scratch);
   scratch.gram.resize(r * r);
@@ -87,82 +94,100 @@ double regularise(const Matrix& m, const GramKernels<T>& kernels, double factor,
     for (int64_t j = i; j < r; ++j) total += (i == j ? 1 : 2) * c[i * r + j] * c[i * r + j];
   }
   const double norm = std::sqrt(total);
-  if (m.gradient != nullptr) {
-    const double slope = factor * (squared ? 4.0 : norm > 0 ? 2.0 / norm : 0.0);
-    const int64_t stride = padded(r);
-    scratch.slopes.assign(r * stride, T{});
-    for (int64_t i = 0; i < r; ++i)
-      for (int64_t j = 0; j < r; ++j)
-        scratch.slopes[i * stride + j] = static_cast<T>(slope * c[i < j ? i * r + j : j * r + i]);
-    const bool in_place = stored_as<T>(m.dtype);
-    if (!in_place) scratch.gradient.resize(count);
-    T* out = in_place ? static_cast<T*>(m.gradient) : scratch.gradient.data();
-    const auto times = m.columns ? kernels.times_columns : kernels.times_rows;
-    times(scratch.slopes.data(), data, r, m.length, out);
-    if (!in_place) kernels.narrow(m.gradient, m.dtype, out, count);
-  }
+  const double slope = factor * (squared ? 4.0 : norm > 0 ? 2.0 / norm : 0.0);
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = 0; j < r; ++j) slopes[i * r + j] = static_cast<T>(slope * c[i < j ? i * r + j : j * r + i]);
   return factor * (squared ? total : norm);
 }
 
 template <typename T>
-double total_of(const std::vector<Matrix>& matrices, const GramKernels<T>& kernels, double factor, bool squared) {
+T value_of(const std::vector<Matrix>& matrices, const GramKernels<T>& kernels, double factor, bool squared, T* slopes) {
   std::vector<double> values(matrices.size());
-  int64_t elements = 0;
-  for (const Matrix& m : matrices) elements += m.rank * m.length;
   for_each_item(
-      static_cast<int64_t>(matrices.size()), elements >= kThreadedElements, [] { return Scratch<T>{}; },
-      [&](int64_t i, Scratch<T>& scratch) { values[i] = regularise(matrices[i], kernels, factor, squared, scratch); });
+      static_cast<int64_t>(matrices.size()), threaded(matrices), [] { return Scratch<T>{}; },
+      [&](int64_t i, Scratch<T>& scratch) {
+        values[i] = regularise(matrices[i], kernels, factor, squared, slopes + matrices[i].slopes, scratch);
+      });
   double total = 0;
   for (const double value : values) total += value;
-  return total;
+  return static_cast<T>(total);
+}
+
+// scale · D A (scale · B D) of one matrix into `gradient`, which has the matrix's dtype and layout.
+template <typename T>
+void differentiate(const Matrix& m, const GramKernels<T>& kernels, const T* slopes, T scale, void* gradient, bool add,
+                   Scratch<T>& scratch) {
+  const int64_t r = m.rank, count = r * m.length, stride = padded(r);
+  if (count == 0) return;
+  scratch.slopes.assign(r * stride, T{});
+  for (int64_t i = 0; i < r; ++i)
+    for (int64_t j = 0; j < r; ++j) scratch.slopes[i * stride + j] = scale * slopes[i * r + j];
+  const bool in_place = stored_as<T>(m.dtype) && !add;
+  if (!in_place) scratch.gradient.resize(count);
+  T* out = in_place ? static_cast<T*>(gradient) : scratch.gradient.data();
+  const auto times = m.columns ? kernels.times_columns : kernels.times_rows;
+  times(scratch.slopes.data(), widened(m, kernels, scratch), r, m.length, out);
+  if (add) {
+    kernels.add(gradient, m.dtype, out, count);
+  } else if (!in_place) {
+    kernels.narrow(gradient, m.dtype, out, count);
+  }
+}
+
+template <typename T>
+void differentiate_all(const std::vector<Matrix>& matrices, const GramKernels<T>& kernels, const T* slopes, T scale,
+                       const std::vector<void*>& gradients, bool add) {
+  for_each_item(
+      static_cast<int64_t>(matrices.size()), threaded(matrices), [] { return Scratch<T>{}; },
+      [&](int64_t i, Scratch<T>& scratch) {
+        differentiate(matrices[i], kernels, slopes + matrices[i].slopes, scale, gradients[i], add, scratch);
+      });
 }
 
 }  // namespace
 
-Tensor orthogonality(std::vector<Tensor> lora_A, std::vector<Tensor> lora_B, double factor, bool squared,
-                     std::vector<Tensor> grads) {
-  const std::vector<Matrix> matrices = matrices_of(lora_A, lora_B, grads);
+std::tuple<Tensor, Tensor> orthogonality(std::vector<Tensor> lora_A, std::vector<Tensor> lora_B, double factor,
+                                         bool squared) {
+  const std::vector<Matrix> matrices = matrices_of(lora_A, lora_B);
   bool fp64 = false;
   for (const Matrix& m : matrices) fp64 |= m.dtype == DType::kFloat64;
-  Tensor value = torch::stable::empty({}, fp64 ? ScalarType::Double : ScalarType::Float);
+  const ScalarType dtype = fp64 ? ScalarType::Double : ScalarType::Float;
+  Tensor value = torch::stable::empty({}, dtype);
+  Tensor slopes = torch::stable::empty({slopes_of(matrices)}, dtype);
   const auto& kernels = ADALORA_KERNELS(orthogonality_kernels);
   if (fp64) {
-    *static_cast<double*>(value.mutable_data_ptr()) = total_of(matrices, kernels.f64, factor, squared);
+    *static_cast<double*>(value.mutable_data_ptr()) =
+        value_of(matrices, kernels.f64, factor, squared, static_cast<double*>(slopes.mutable_data_ptr()));
   } else {
     *static_cast<float*>(value.mutable_data_ptr()) =
-        static_cast<float>(total_of(matrices, kernels.f32, factor, squared));
+        value_of(matrices, kernels.f32, factor, squared, static_cast<float*>(slopes.mutable_data_ptr()));
   }
-  return value;
+  return {value, slopes};
 }
 
-void add_scaled(std::vector<Tensor> targets, std::vector<Tensor> terms, double scale) {
-  STD_TORCH_CHECK(targets.size() == terms.size(), "terms: expected as many as targets");
-  struct Pair {
-    void* target;
-    const void* term;
-    DType dtype;
-    int64_t count;
-  };
-  std::vector<Pair> pairs;
-  int64_t elements = 0;
-  for (size_t i = 0; i < terms.size(); ++i) {
-    const Tensor &target = targets[i], &term = terms[i];
-    check_contiguous(target, term.scalar_type(), term.numel(), "targets");
-    STD_TORCH_CHECK(target.is_cpu() && term.is_cpu() && term.is_contiguous(), "terms: expected contiguous CPU tensors");
-    pairs.push_back({target.mutable_data_ptr(), term.const_data_ptr(), float_dtype(term, "terms"), term.numel()});
-    elements += term.numel();
+void orthogonality_gradients(std::vector<Tensor> lora_A, std::vector<Tensor> lora_B, const Tensor& slopes,
+                             double scale, std::vector<Tensor> grads, bool add) {
+  const std::vector<Matrix> matrices = matrices_of(lora_A, lora_B);
+  const ScalarType dtype = slopes.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "slopes: expected float32 or float64");
+  check_contiguous(slopes, dtype, slopes_of(matrices), "slopes");
+  STD_TORCH_CHECK(grads.size() == matrices.size(), "grads: expected one for each matrix");
+  std::vector<void*> gradients;
+  gradients.reserve(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Matrix& m = matrices[i];
+    const bool fits = grads[i].is_cpu() && grads[i].is_contiguous() && grads[i].numel() == m.rank * m.length &&
+                      float_dtype(grads[i], "grads") == m.dtype;
+    STD_TORCH_CHECK(fits, "grads: expected contiguous tensors of the matrices' sizes and dtypes on the CPU");
+    gradients.push_back(grads[i].mutable_data_ptr());
   }
   const auto& kernels = ADALORA_KERNELS(orthogonality_kernels);
-  for_each_item(
-      static_cast<int64_t>(pairs.size()), elements >= kThreadedElements, [] { return 0; },
-      [&](int64_t i, int) {
-        const Pair& pair = pairs[i];
-        if (pair.dtype == DType::kFloat64) {
-          kernels.f64.add_scaled(pair.target, pair.term, pair.dtype, scale, pair.count);
-        } else {
-          kernels.f32.add_scaled(pair.target, pair.term, pair.dtype, static_cast<float>(scale), pair.count);
-        }
-      });
+  if (dtype == ScalarType::Double) {
+    differentiate_all(matrices, kernels.f64, static_cast<const double*>(slopes.const_data_ptr()), scale, gradients, add);
+  } else {
+    differentiate_all(matrices, kernels.f32, static_cast<const float*>(slopes.const_data_ptr()),
+                      static_cast<float>(scale), gradients, add);
+  }
 }
 
 }  // namespace adalora::cpu

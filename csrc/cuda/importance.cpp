@@ -65,8 +65,8 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
                   "state, half, scores: expected one CUDA device");
   const int64_t layers = check_table(shapes, 3, "shapes");
   const int64_t* sizes = static_cast<const int64_t*>(shapes.const_data_ptr());
-  const Plan plan = plan_of(sizes, layers, operands_of(params, sizes, layers, state, "params"),
-                            operands_of(grads, sizes, layers, state, "grads"));
+  const Plan plan = plan_of(sizes, layers, operands_of(params, sizes, layers, state, "params", false),
+                            operands_of(grads, sizes, layers, state, "grads", true));
   check_contiguous(state, dtype, 4 * plan.elements, "state");
   check_contiguous(scores, dtype, plan.rank, "scores");
   check_contiguous(half, ScalarType::Int, 1, "half");

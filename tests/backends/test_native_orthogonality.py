@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from adalora_kernels.backends import native
-from adalora_kernels.reference.orthogonality import orthogonality
+from adalora_kernels.reference import orthogonality as reference
 from adalora_kernels.testing.inputs import RANKS
 from adalora_kernels.testing.tolerances import assert_within_budget
 
@@ -31,21 +32,36 @@ def matrices(ranks: list[int], lengths: list[int], dtype: torch.dtype, std: floa
     return a, b
 
 
+Result = tuple[Tensor, list[Tensor]]
+
+
+def both_sweeps(
+    module: Any, lora_A: list[Tensor], lora_B: list[Tensor], squared: bool = False, add_to: float | None = None
+) -> Result:
+    """Value and gradients; the latter written over NaN, or added to so much in each place."""
+    value, slopes = module.orthogonality(lora_A, lora_B, 0.1, squared)
+    start = torch.nan if add_to is None else add_to
+    grads = [torch.full(m.shape, start, dtype=m.dtype) for m in (*lora_A, *lora_B)]
+    module.orthogonality_gradients(lora_A, lora_B, slopes, torch.tensor(0.5), grads, add_to is not None)
+    return value, grads
+
+
 def assert_matches(lora_A: list[Tensor], lora_B: list[Tensor], squared: bool) -> None:
-    value, grads = native.orthogonality(lora_A, lora_B, 0.1, squared, True)
-    same, same_grads = orthogonality(lora_A, lora_B, 0.1, squared, True)
-    exact, exact_grads = orthogonality([m.double() for m in lora_A], [m.double() for m in lora_B], 0.1, squared, True)
-    assert value.dtype == same.dtype and value.shape == ()
-    # The same-dtype error of a single number may be nothing by luck, so it is no measure of ours: 16 roundings are.
-    torch.testing.assert_close(
-        value.double(), exact, rtol=1e-12 if value.dtype == torch.float64 else 16 * 2**-24, atol=0
-    )
-    for i, (ours, theirs, truth) in enumerate(zip(grads, same_grads, exact_grads, strict=True)):
-        if ours.dtype == torch.float64:
-            assert ours.shape == truth.shape
-            torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-13 * (1 + truth.abs().sum().item()))
-        else:
-            assert_within_budget(f"gradient {i} {list(ours.shape)}", ours, theirs, truth)
+    wide = [m.double() for m in lora_A], [m.double() for m in lora_B]
+    for add_to in (None, 0.25):
+        value, grads = both_sweeps(native, lora_A, lora_B, squared, add_to)
+        same, same_grads = both_sweeps(reference, lora_A, lora_B, squared, add_to)
+        exact, exact_grads = both_sweeps(reference, *wide, squared, add_to)
+        assert value.dtype == same.dtype and value.shape == ()
+        # The same-dtype error of a single number may be nothing by luck, so it is no measure of ours: 16 roundings are.
+        rtol = 1e-12 if value.dtype == torch.float64 else 16 * 2**-24
+        torch.testing.assert_close(value.double(), exact, rtol=rtol, atol=0)
+        for i, (ours, theirs, truth) in enumerate(zip(grads, same_grads, exact_grads, strict=True)):
+            if ours.dtype == torch.float64:
+                assert ours.shape == truth.shape
+                torch.testing.assert_close(ours, truth, rtol=1e-11, atol=1e-13 * (1 + truth.abs().sum().item()))
+            else:
+                assert_within_budget(f"gradient {i} {list(ours.shape)}", ours, theirs, truth)
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -74,20 +90,21 @@ def test_ragged_and_mixed(seed: int) -> None:
 @pytest.mark.parametrize("rank", [1, 12, 33])
 def test_nothing_is_written_beside_a_gradient(rank: int) -> None:
     lora_A, lora_B = matrices([rank] * 3, [30, 30, 30], torch.float32, 0.5)
-    _, alone = native.orthogonality(lora_A[:1], lora_B[:1], 0.3, True, True)
-    _, together = native.orthogonality(lora_A, lora_B, 0.3, True, True)
-    assert torch.equal(together[0], alone[0]) and torch.equal(together[3], alone[1])
+    matrix_list = [*lora_A, *lora_B]
+    room = torch.full((sum(m.numel() for m in matrix_list) + 64 * 7,), torch.nan)
+    offset, grads, gaps = 64, [], [room[:64]]
+    for m in matrix_list:
+        grads.append(room[offset : offset + m.numel()].view(m.shape))
+        gaps.append(room[offset + m.numel() : offset + m.numel() + 64])
+        offset += m.numel() + 64
+    _, slopes = native.orthogonality(lora_A, lora_B, 0.3, True)
+    native.orthogonality_gradients(lora_A, lora_B, slopes, torch.ones(()), grads, False)
+    assert all(gap.isnan().all() for gap in gaps) and not any(g.isnan().any() for g in grads)
 
 
 def test_orthonormal_matrices_have_no_slope() -> None:
-    value, grads = native.orthogonality([torch.eye(4, 20)], [torch.eye(20, 4)], 0.5, False, True)
-    assert value.item() == 0 and not any(g.any() for g in grads)
-
-
-def test_gradient_on_request_only() -> None:
-    lora_A, lora_B = matrices([12] * 2, [64, 48], torch.float32, 0.1)
-    value, grads = native.orthogonality(lora_A, lora_B, 0.5, False, False)
-    assert grads == [] and torch.equal(value, native.orthogonality(lora_A, lora_B, 0.5, False, True)[0])
+    value, slopes = native.orthogonality([torch.eye(4, 20)], [torch.eye(20, 4)], 0.5, False)
+    assert value.item() == 0 and not slopes.any()
 
 
 def test_bits_do_not_depend_on_threads_or_run(threads: None) -> None:
@@ -95,7 +112,7 @@ def test_bits_do_not_depend_on_threads_or_run(threads: None) -> None:
     results = []
     for count in (1, 2, 2, 3):
         torch.set_num_threads(count)
-        results.append(native.orthogonality(lora_A, lora_B, 0.1, False, True))
+        results.append(both_sweeps(native, lora_A, lora_B, add_to=1.0))
     for value, grads in results[1:]:
         assert torch.equal(value, results[0][0])
         assert all(torch.equal(a, b) for a, b in zip(grads, results[0][1], strict=True))
@@ -114,4 +131,4 @@ def test_bits_do_not_depend_on_threads_or_run(threads: None) -> None:
 )
 def test_bad_arguments(lora_A, lora_B, error, message) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=message):
-        native.orthogonality(lora_A, lora_B, 0.1, False, True)
+        native.orthogonality(lora_A, lora_B, 0.1, False)

@@ -141,9 +141,9 @@ void times_rows(const T* d, const T* a, int64_t rank, int64_t length, T* out) {
   }
   for (int64_t i = 0; i < rank; ++i)
     for (int64_t l = k; l < length; ++l) {
-      T total = 0;
-      for (int64_t j = 0; j < rank; ++j) total += d[j * stride + i] * a[j * length + l];
-      out[i * length + l] = total;
+      double total = 0;
+      for (int64_t j = 0; j < rank; ++j) total += static_cast<double>(d[j * stride + i]) * a[j * length + l];
+      out[i * length + l] = static_cast<T>(total);
     }
 }
 
@@ -180,27 +180,26 @@ void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out)
   }
   for (; n < length; ++n)
     for (int64_t j = 0; j < rank; ++j) {
-      T total = 0;
-      for (int64_t i = 0; i < rank; ++i) total += b[n * rank + i] * d[i * stride + j];
-      out[n * rank + j] = total;
+      double total = 0;
+      for (int64_t i = 0; i < rank; ++i) total += static_cast<double>(b[n * rank + i]) * d[i * stride + j];
+      out[n * rank + j] = static_cast<T>(total);
     }
 }
 
+// out += in, rounded once to the dtype of `out`.
 template <typename T>
-void add_scaled(void* out, const void* in, DType dtype, T scale, int64_t count) {
+void add(void* out, DType dtype, const T* __restrict in, int64_t count) {
   if (dtype == dtype_of<T>::value) {
     T* __restrict sum = static_cast<T*>(out);
-    const T* __restrict term = static_cast<const T*>(in);
-    for (int64_t i = 0; i < count; ++i) sum[i] += scale * term[i];
+    for (int64_t i = 0; i < count; ++i) sum[i] += in[i];
     return;
   }
-  T sum[kRowBlock], term[kRowBlock];
+  T sum[kRowBlock];
   for (int64_t begin = 0; begin < count; begin += kRowBlock) {
     const int64_t some = count - begin < kRowBlock ? count - begin : kRowBlock;
     void* place = static_cast<char*>(out) + begin * size_of(dtype);
     widen(sum, place, dtype, some);
-    widen(term, static_cast<const char*>(in) + begin * size_of(dtype), dtype, some);
-    for (int64_t i = 0; i < some; ++i) sum[i] += scale * term[i];
+    for (int64_t i = 0; i < some; ++i) sum[i] += in[begin + i];
     narrow(place, dtype, sum, some);
   }
 }
@@ -210,9 +209,9 @@ void add_scaled(void* out, const void* in, DType dtype, T scale, int64_t count) 
 extern const OrthogonalityKernels orthogonality_kernels;
 const OrthogonalityKernels orthogonality_kernels = {
     {gram_rows<float>, gram_columns<float>, times_rows<float>, times_columns<float>, widen<float>, narrow<float>,
-     add_scaled<float>},
+     add<float>},
     {gram_rows<double>, gram_columns<double>, times_rows<double>, times_columns<double>, widen<double>,
-     narrow<double>, add_scaled<double>},
+     narrow<double>, add<double>},
 };
 
 }  // namespace adalora::cpu::ADALORA_ISA

@@ -19,8 +19,7 @@ struct GramKernels {
   void (*times_columns)(const T* d, const T* b, int64_t rank, int64_t length, T* out);
   void (*widen)(T* out, const void* in, DType dtype, int64_t count);
   void (*narrow)(void* out, DType dtype, const T* in, int64_t count);
-  // out += scale · in, both of one dtype.
-  void (*add_scaled)(void* out, const void* in, DType dtype, T scale, int64_t count);
+  void (*add)(void* out, DType dtype, const T* in, int64_t count);
 };
 
 struct OrthogonalityKernels {

@@ -1,0 +1,222 @@
+"""``AdaLoraAdamW``: torch's AdamW with the rank allocator inside, at one sweep over the adapters' memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from adalora_kernels.allocator.allocator import RankAllocator, Turn
+from adalora_kernels.backends.select import Backend, parse, select
+from adalora_kernels.ops.adamw import Importance, adamw_update, total_norm
+
+
+class AdaLoraAdamW(torch.optim.AdamW):
+    """A drop-in for ``torch.optim.AdamW`` that scores and masks the adapters of a model as it steps them.
+
+    The parameters A, E and B of the allocator's layers are clipped, stepped and scored in one sweep of 44 bytes an
+    element, in place of 28 for AdamW, 24 for importance and 12 for clipping. Other parameters (a classifier's, say)
+    take torch's own path. Don't call the allocator's ``update_and_mask`` besides.
+
+    Both moments of all adapters lie in one flat tensor, of which ``state[p]["exp_avg"]`` and ``["exp_avg_sq"]`` are
+    views: checkpoints are torch's, in both directions. They are fp32 for 16-bit parameters, where torch's are 16-bit.
+
+    Args:
+        params: as for ``torch.optim.AdamW``; adapters that it does not hold are left alone.
+        lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``, each also per group.
+        allocator: scores and masks; a step of the schedule is made at each ``step()``.
+        max_grad_norm: clip the norm of all gradients of this optimizer to this, as ``clip_grad_norm_`` does, but
+            without writing the clipped gradients; None clips nothing.
+        pre_step: importance of θ before its update (the paper's timing) rather than after (the published codes').
+        backend: of the sweep: "reference", "native", or None for the best that can run.
+
+    Raises:
+        ValueError: a setting out of its range, or an option of ``torch.optim.AdamW`` that the sweep doesn't have
+            (amsgrad, maximize, differentiable, capturable).
+    """
+
+    # GradScaler then leaves the check for overflow and the unscaling to step().
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        allocator: RankAllocator,
+        max_grad_norm: float | None = None,
+        pre_step: bool = False,
+        backend: str | Backend | None = None,
+        **options: Any,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
+        if not isinstance(allocator, RankAllocator):
+            raise ValueError(f"allocator: expected a RankAllocator, got {type(allocator).__name__}")
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
+        for group in self.param_groups:
+            for option in ("amsgrad", "maximize", "differentiable", "capturable"):
+                if group[option]:
+                    raise ValueError(f"{option}: expected False, got True; AdaLoraAdamW doesn't have it")
+        self.allocator = allocator
+        self.max_grad_norm = max_grad_norm
+        self.pre_step = pre_step
+        self.backend = parse(backend)
+        averages = allocator.importance.averages
+        select("adamw", averages.device.type, averages.dtype, 0, self.backend)
+        self.steps_made = allocator.global_step + 1 if allocator.importance.updates else 0
+        self._adapters: list[nn.Parameter] = []
+        self._adopt({})
+
+    def _adopt(self, moments: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Lay out the moments of the allocator's parameters as they are now, with what is known of them."""
+        layout, like = self.allocator.importance.layout, self.allocator.importance.averages
+        self._adapters = [p for t in self.allocator.triplets for p in t.parameters]
+        self._moments = like.new_zeros(2, layout.total_elements)
+        self._steps = torch.zeros(len(self._adapters), device=like.device)
+        rows = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        self._groups = torch.tensor([rows.get(p, 0) for p in self._adapters], device=like.device)
+        self._held = [p in rows for p in self._adapters]
+        adapters = set(self._adapters)
+        kept: dict[Tensor, dict[str, Any]] = {}
+        self._others = [[p for p in group["params"] if p not in adapters] for group in self.param_groups]
+        for i, p in enumerate(self._adapters):
+            if not self._held[i]:
+                continue
+            first, second = self._moments[:, layout.offsets[i] : layout.offsets[i + 1]].view(2, *p.shape)
+            views = {"step": self._steps[i], "exp_avg": first, "exp_avg_sq": second}
+            for name, value in moments.get(p, {}).items():
+                if name in views:
+                    views[name].copy_(value)
+            kept[p] = views
+        self.state.update(kept)
+
+    def _current(self) -> list[Tensor]:
+        """The adapters' parameters, laid out anew where one was replaced."""
+        params = [registry[key] for t in self.allocator.triplets for registry, key in t.slots]
+        if len(params) != len(self._adapters) or any(p is not q for p, q in zip(params, self._adapters, strict=True)):
+            self._adopt({p: self.state[p] for p in params if p in self.state})
+        return params
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Clip, step, score and mask.
+
+        A step whose gradients overflowed under a GradScaler changes nothing and isn't counted. Without a scaler a
+        gradient that is not finite goes into the parameters, as with ``torch.optim.AdamW``, but leaves averages and
+        masks alone.
+
+        Raises:
+            ValueError: no adapter has a gradient, one was frozen, or the allocator's ``total_step`` is not set. Nothing
+                changes.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return loss
+        params = self._current()
+        turn = self.allocator.begin(self.steps_made, params)
+        grads = [p.grad if held else None for p, held in zip(params, self._held, strict=True)]
+        others = [[p for p in some if p.grad is not None] for some in self._others]
+        if turn.plan.update and not any(g is not None for g in grads):
+            raise ValueError("params: expected gradients of the adapters, found none; call step() after backward()")
+        scale = self._gradient_scale([g for g in grads if g is not None] + [p.grad for some in others for p in some])
+        finite = self._sweep(turn, grads, scale)
+        for group, some in zip(self.param_groups, others, strict=True):
+            if some:
+                self._step_others(group, some, scale)
+        self.allocator.finish(turn, finite)
+        self.steps_made += 1
+        return loss
+
+    def _gradient_scale(self, grads: list[Any]) -> Tensor:
+        """What gradients are multiplied by: clipping and unscaling, fp64 [1]."""
+        scale = torch.ones(1, dtype=torch.float64, device=self._moments.device)
+        loss_scale = getattr(self, "grad_scale", None)
+        if loss_scale is not None:
+            scale = scale / loss_scale.double()
+        if self.max_grad_norm is not None and grads:
+            norm = total_norm(grads, backend=self.backend) * scale
+            scale = scale * torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
+        return scale
+
+    def _sweep(self, turn: Turn, grads: list[Tensor | None], scale: Tensor) -> Tensor | None:
+        rows = [[g["lr"], g["weight_decay"], *g["betas"], g["eps"]] for g in self.param_groups]
+        settings = torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64)
+        state, importance = self.allocator.importance, None
+        if turn.plan.update:
+            betas = self.allocator.beta1, self.allocator.beta2
+            importance = Importance(state.averages, state.half, state.scores, *betas, self.pre_step)
+        finite = adamw_update(
+            state.layout,
+            turn.params,
+            grads,
+            self._moments,
+            self._steps,
+            self._groups,
+            settings,
+            scale,
+            importance,
+            backend=self.backend,
+        )
+        return None if importance is None else finite
+
+    def _step_others(self, group: dict[str, Any], params: list[nn.Parameter], scale: Tensor) -> None:
+        """torch's own step of what is no adapter."""
+        lists: list[list[Tensor]] = [[], [], [], [], [], []]
+        has_complex = self._init_group({**group, "params": params}, *lists)  # type: ignore[no-untyped-call]
+        with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
+        if self.max_grad_norm is not None or getattr(self, "grad_scale", None) is not None:
+            grads = [g * scale.to(g.dtype) for g in grads]
+        adamw(
+            with_grad,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps,
+            foreach=group["foreach"],
+            capturable=False,
+            differentiable=False,
+            fused=group["fused"],
+            has_complex=has_complex,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; adapters among its parameters join the sweep."""
+        super().add_param_group(param_group)
+        if hasattr(self, "_adapters"):
+            self._adopt(self.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict()`` of this class or of ``torch.optim.AdamW``; fp32 moments stay what they are."""
+        super().load_state_dict(state_dict)
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        saved = state_dict["state"]
+        self._adopt({p: saved[i] for i, p in zip(ids, params, strict=True) if i in saved})
+        self.steps_made = state_dict.get("steps_made", self.steps_made)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, and how many steps of the schedule were made."""
+        return {**super().state_dict(), "steps_made": self.steps_made}
+
+
+__all__ = ["AdaLoraAdamW"]
