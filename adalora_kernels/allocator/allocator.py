@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from adalora_kernels.allocator.schedule import VARIANTS, BudgetSchedule, StepPlan
-from adalora_kernels.allocator.state import ImportanceState, check_keys
-from adalora_kernels.allocator.tensorboard import write_scalars
-from adalora_kernels.allocator.triplets import Triplet, find_triplets
-from adalora_kernels.backends.select import Backend, parse, select
-from adalora_kernels.ops.allocation import mask_to_budget, zero_pruned
-from adalora_kernels.ops.importance import importance_update
-from adalora_kernels.ops.orthogonality import orthogonality_loss
+from adalora_kernels.allocator.attach import Attachment
+from adalora_kernels.allocator.engine import BudgetEngine, Turn
+from adalora_kernels.allocator.state import check_keys
+from adalora_kernels.allocator.watch import unwatch, watch
+from adalora_kernels.backends.select import Backend
 
 
-class Turn(NamedTuple):
-    """One step of the allocator, from ``begin`` to ``finish``.
-
-    Attributes:
-        step: its number, counted from 0.
-        plan: what it does.
-        params: A, E and B of each layer, as they are in this step.
-        lora_E: the E among them.
-    """
-
-    step: int
-    plan: StepPlan
-    params: Sequence[Tensor]
-    lora_E: Sequence[Tensor]
-
-
-class RankAllocator:
+class RankAllocator(BudgetEngine):
     """Scores every singular triplet of a model and zeroes the least important ones down to a budget.
 
-    Call ``update_and_mask(model, step)`` after ``optimizer.step()`` and before ``zero_grad()``, with steps counted
-    from 0. Everything but the schedule stays on the parameters' device; no step waits for the device.
+    Either ``attach(optimizer)`` once, or call ``update_and_mask(model, step)`` after each ``optimizer.step()`` and
+    before ``zero_grad()``, with steps counted from 0. Everything but the schedule stays on the parameters' device; no
+    step waits for the device.
 
     A step with a gradient that is not finite leaves averages, pattern and E as they were. A parameter without a
     gradient keeps its averages.
@@ -55,7 +37,12 @@ class RankAllocator:
         target_total_rank: b^T itself, in place of ``target_rank``.
         tb_writter: a TensorBoard SummaryWriter, or None.
         tb_writter_loginterval: steps from one record to the next.
-        variant: "original" or "peft"; see ``BudgetSchedule``.
+        variant: "original"; "peft", which ranks once at T - t_f and then keeps to that pattern; or "paper", whose
+            importance reads the parameters before the optimizer's update: without ``attach``, call
+            ``update_importance`` before ``optimizer.step()`` there. The paper's orthogonality term is
+            ``compute_orth_regu(model, γ, squared=True)``.
+        metric: what an element's score is: "ipt", sensitivity times uncertainty, or "mag", |θ|.
+        reduction: what becomes of the scores of a row of A or a column of B: "mean" or "sum".
         adapter: PEFT's adapter name; None takes what trains.
         backend: of importance and masking: "reference", "native", or None for the best that can run.
 
@@ -80,26 +67,19 @@ class RankAllocator:
         tb_writter_loginterval: int = 500,
         *,
         variant: str = "original",
+        metric: str = "ipt",
+        reduction: str = "mean",
         adapter: str | None = None,
         backend: str | Backend | None = None,
     ) -> None:
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             if not 0 < beta < 1:
                 raise ValueError(f"{name}: expected a number between 0 and 1, got {beta}")
-        if variant not in VARIANTS:
-            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}; got {variant!r}")
         if lora_r < 0:
             raise ValueError(f"lora_r: expected at least 0, got {lora_r}")
         if tb_writter_loginterval < 1:
             raise ValueError(f"tb_writter_loginterval: expected at least 1, got {tb_writter_loginterval}")
-        self.model = model
-        self.adapter = adapter
-        self.variant = variant
-        self.backend = parse(backend)
-        self.triplets = self._find(model)
-        self.importance = ImportanceState(self.triplets)
-        for op in ("importance", "allocation"):  # a backend that can't run says so here rather than in mid-training
-            select(op, self.importance.live.device.type, self.importance.averages.dtype, 0, self.backend)
+        super().__init__(model, adapter, variant, metric, reduction, backend)
         self.lora_init_rank = lora_r
         self.total_rank = lora_r * len(self.triplets) if variant == "peft" else self.importance.layout.total_rank
         self.target_rank = target_rank * len(self.triplets) if target_total_rank is None else target_total_rank
@@ -109,11 +89,14 @@ class RankAllocator:
         self.beta1 = beta1
         self.beta2 = beta2
         self.total_step = total_step
-        self.global_step = 0
         self.tb_writter = tb_writter
         self.log_interval = tb_writter_loginterval
+        self._attachment: Attachment | None = None
+        self._measured: tuple[Turn, Tensor | None] | None = None
+        self._handled: tuple[int, tuple[int, Tensor | None]] | None = None
         # With T not known yet, the longest schedule stands in for it: every other setting is checked now.
         self._schedule(init_warmup + final_warmup + 1 if total_step is None else total_step)
+        watch(self, self.triplets[0].slots[1], "RankAllocator was made", "allocator.attach(optimizer)")
 
     def set_total_step(self, total_step: int) -> None:
         """Set T.
@@ -124,54 +107,10 @@ class RankAllocator:
         self._schedule(total_step)
         self.total_step = total_step
 
-    def _schedule(self, total_step: int) -> BudgetSchedule:
-        """Built anew at each use, since PEFT's users change these settings while training."""
-        return BudgetSchedule(
-            total_step,
-            self.initial_warmup,
-            self.final_warmup,
-            self.mask_interval,
-            self.total_rank,
-            self.target_rank,
-            self.variant,
-        )
-
-    @property
-    def schedule(self) -> BudgetSchedule:
-        """The schedule in force.
-
-        Raises:
-            ValueError: ``total_step`` was never set.
-        """
-        if self.total_step is None:
-            raise ValueError("total_step: expected the number of optimizer steps, got None; call set_total_step first")
-        return self._schedule(self.total_step)
-
-    def _find(self, model: nn.Module) -> list[Triplet]:
-        triplets = find_triplets(model, self.adapter)
-        if not triplets:
-            wanted = "" if self.adapter is None else f" for adapter {self.adapter!r}"
-            raise ValueError(f"model: expected layers with lora_A, lora_E and lora_B{wanted}, found none")
-        devices = sorted({str(p.device) for t in triplets for p in t.parameters})
-        if len(devices) > 1:
-            raise ValueError(f"model: expected its adapters on one device, found them on {', '.join(devices)}")
-        return triplets
-
-    def bind(self, model: nn.Module) -> None:
-        """Follow ``model``'s parameters from now on: a copy of the same layers, or layers whose parameters were
-        replaced.
-
-        Raises:
-            ValueError: its layers have other shapes; nothing changes.
-        """
-        triplets = self._find(model)
-        if [t.shape for t in triplets] != list(self.importance.layout.shapes):
-            raise ValueError("model: expected the layers that this allocator was made for, found other shapes")
-        self.model, self.triplets = model, triplets
-        self.importance.move_to(triplets[0].lora_E.device)
-
     def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int, Tensor | None]:
         """Take this step's gradients into the averages and mask as the schedule says.
+
+        Where an attached optimizer or a callback has done that for this step already, nothing more is done.
 
         Args:
             model: the model, as at construction.
@@ -183,169 +122,149 @@ class RankAllocator:
 
         Raises:
             ValueError: no parameter has a gradient where one is needed, that is, ``backward`` was not called or the
-                gradients are already cleared; ``total_step`` is not set; or a layer was frozen. Nothing changes.
+                gradients are already cleared; ``total_step`` is not set; a layer was frozen; variant "paper" without
+                ``update_importance`` before the optimizer's step; or another step than the attached optimizer has
+                counted. Nothing changes.
         """
+        if self._handled is not None:
+            step, result = self._handled
+            if step != global_step:
+                raise ValueError(
+                    f"global_step: expected {step}, as the attached optimizer counts, got {global_step}; give your own "
+                    "count to attach(optimizer, step=...), or set allocator.next_step before the optimizer's step"
+                )
+            self._handled = None
+            return result
+        turn, finite = self._measure(model, global_step, before_step=False)
+        return turn.plan.budget, self.finish(turn, finite)
+
+    def update_importance(self, model: nn.Module, global_step: int) -> None:
+        """Variant "paper" without ``attach``: call it before ``optimizer.step()``, on unscaled and clipped gradients.
+
+        Args:
+            model: the model, as at construction.
+            global_step: the optimizer step that is about to be made, counted from 0.
+
+        Raises:
+            ValueError: another variant, whose importance reads the parameters after the step; or as
+                ``update_and_mask``. Nothing changes.
+        """
+        if not self.pre_step:
+            raise ValueError(f"variant: expected 'paper', which alone scores before the step, got {self.variant!r}")
+        self._measured = self._measure(model, global_step, before_step=True)
+
+    def _measure(self, model: nn.Module, step: int, before_step: bool) -> tuple[Turn, Tensor | None]:
+        measured, self._measured = self._measured, None
+        if measured is not None and measured[0].step == step and not before_step:
+            return measured
         bound_to = self.model
         if model is not bound_to:
             self.bind(model)
         try:
-            turn = self.begin(global_step)
+            turn = self.begin(step)
+            if turn.plan.update and self.pre_step and not before_step:
+                raise ValueError(
+                    f"variant 'paper' scores the parameters before optimizer.step(): expected update_importance(model, "
+                    f"{step}) before it, or attach(optimizer)"
+                )
             finite = self.update(turn)
+            if turn.plan.update and finite is None:
+                raise ValueError(
+                    "model: expected gradients, found none; call update_and_mask after backward() and before "
+                    "zero_grad()"
+                )
         except ValueError:
             if bound_to is not self.model:
                 self.bind(bound_to)
             raise
-        return turn.plan.budget, self.finish(turn, finite)
+        return turn, finite
 
-    # The parts of a step, for optimizers that update the importance themselves:
-    #
-    #     turn = allocator.begin(step)                 # the plan, and the parameters
-    #     finite = allocator.update(turn)              # or the optimizer's own, into allocator.importance
-    #     threshold = allocator.finish(turn, finite)   # after the parameters' update
-    #
-    # What can go wrong raises in ``begin`` and ``update``, before anything has changed.
-
-    def begin(self, step: int, params: Sequence[Tensor] | None = None) -> Turn:
-        """What ``step`` does, and the parameters that it does it to.
-
-        Args:
-            step: the optimizer step, counted from 0.
-            params: A, E and B of each layer in the order of ``triplets``, where the caller has them; else looked up.
+    def advance(self, model: nn.Module, step: int) -> None:
+        """``update_and_mask`` for whoever calls by itself, such as a Trainer's callback: where somebody else has made
+        this step, nothing is done, and who calls afterwards finds it done.
 
         Raises:
-            ValueError: a negative step; ``total_step`` is not set; a step that ranks, with a frozen layer.
+            ValueError: as ``update_and_mask``.
         """
-        plan = self.schedule.plan(step, self.importance.settled)
-        if params is None:
-            params = [registry[key] for t in self.triplets for registry, key in t.slots]
-        turn = Turn(step, plan, params, params[1::3])
-        if plan.rank:
-            self._check_trainable(turn.lora_E)
-        return turn
+        if self.next_step != step + 1:
+            self._handled = None
+            self.note(step, self.update_and_mask(model, step))
 
-    def update(self, turn: Turn) -> Tensor | None:
-        """Take the gradients into Ī, Ū and the scores, where ``turn.plan.update`` says so.
-
-        Who does this elsewhere writes to ``importance`` (``averages``, ``half`` and ``scores``) as
-        ``ops.importance_update`` would.
-
-        Returns:
-            bool [1]: whether it was taken, all being finite; None where this step takes none.
-
-        Raises:
-            ValueError: no parameter has a gradient. Nothing changes.
-        """
-        if not turn.plan.update:
-            return None
-        grads = [p.grad for p in turn.params]
-        if not any(grad is not None for grad in grads):
-            raise ValueError(
-                "model: expected gradients, found none; call update_and_mask after backward() and before zero_grad()"
-            )
-        state = self.importance
-        return importance_update(
-            state.layout,
-            turn.params,
-            grads,
-            state.averages,
-            state.half,
-            state.scores,
-            self.beta1,
-            self.beta2,
-            backend=self.backend,
-        )
+    def note(self, step: int, result: tuple[int, Tensor | None]) -> None:
+        """``step`` has been made by somebody who calls by itself; ``result`` is what ``update_and_mask`` answers."""
+        self._handled = step, result
 
     def finish(self, turn: Turn, finite: Tensor | None) -> Tensor | None:
-        """Mask as the plan says, and log. The parameters have been updated.
+        """As ``BudgetEngine.finish``."""
+        unwatch(self)
+        self._handled = None
+        return super().finish(turn, finite)
+
+    def attach(self, optimizer: Optimizer, step: Callable[[], int] | None = None) -> Attachment:
+        """Make every step of ``optimizer`` a step of this allocator: importance and masks then need no call.
 
         Args:
-            turn: of ``begin``.
-            finite: bool [1], whether importance was updated, all being finite (where not, masks stay as they are);
-                None where ``turn.plan.update`` is False.
+            optimizer: any of torch's kind that holds the adapters. Under ``torch.amp.GradScaler`` an overflow step
+                leaves averages and masks alone, and an optimizer that unscales by itself (``fused=True``) finds its
+                gradients unscaled.
+            step: gives the number of the optimizer step that is being made, from 0, where the caller counts; else
+                steps are counted here, from ``next_step`` on.
 
         Returns:
-            The threshold, 0-d on the parameters' device, or None if nothing was ranked.
+            A handle; ``detach()``, or leaving it as a context manager, undoes this.
+
+        Raises:
+            TypeError: not an optimizer.
+            ValueError: it holds no adapter of this model, or the allocator is attached to another one.
         """
-        plan, state = turn.plan, self.importance
-        self.global_step = turn.step
-        if plan.update:
-            state.updates += 1
-        threshold = None
-        if plan.rank and state.updates > 0:
-            threshold = mask_to_budget(state.scores, turn.lora_E, plan.budget, state.live, finite, backend=self.backend)
-        elif plan.rank or plan.reapply:
-            zero_pruned(state.live, turn.lora_E, backend=self.backend)
-        state.settled |= plan.settle
-        if plan.reset:
-            state.reset()
-        if self.tb_writter is not None and turn.step % self.log_interval == 0:
-            write_scalars(self.tb_writter, self, threshold, turn.step)
-        return threshold
+        attachment = self._attachment
+        if attachment is not None and attachment.active:
+            if attachment.is_to(optimizer):
+                return attachment
+            raise ValueError("optimizer: expected the one that is attached already; detach() that first")
+        self._attachment = Attachment(self, optimizer, step)
+        return self._attachment
 
-    def _check_trainable(self, singular_values: Sequence[Tensor]) -> None:
-        """A layer frozen since would score lowest for want of gradients, and lose what it has learnt."""
-        trains = [E.requires_grad for E in singular_values]
-        if all(trains) or not any(trains):
-            return
-        for triplet, train in zip(self.triplets, trains, strict=True):
-            if not train:
-                raise ValueError(
-                    f"model: expected every adapted layer to train, but {triplet.parameter_names[1]} is frozen and "
-                    "would be pruned; unfreeze it, or make a new RankAllocator, which leaves it out"
-                )
-
-    def reapply_pattern(self) -> None:
-        """Zero E wherever the stored pattern has no live triplet."""
-        zero_pruned(self.importance.live, [t.lora_E for t in self.triplets], backend=self.backend)
-
-    def live_ranks(self) -> dict[str, int]:
-        """The live rank of each layer by its path. Waits for the device."""
-        return {t.name: sum(row) for t, row in zip(self.triplets, self._pattern(), strict=True)}
+    @property
+    def attached(self) -> bool:
+        """Whether an optimizer's steps drive this."""
+        return self._attachment is not None and self._attachment.active
 
     def get_rank_pattern(self) -> dict[str, list[bool]]:
         """Which triplets live, by the name of each layer's E. Waits for the device.
 
         (The original holds numbers, and only where a TensorBoard writer is given; ``live_ranks`` has the numbers.)
         """
-        return {t.parameter_names[1]: row for t, row in zip(self.triplets, self._pattern(), strict=True)}
-
-    def _pattern(self) -> list[list[bool]]:
-        flat = self.importance.live.tolist()
-        offsets = self.importance.layout.rank_offsets
-        return [flat[a:b] for a, b in pairwise(offsets)]
+        rows = zip(self.triplets, self.importance.pattern(), strict=True)
+        return {t.parameter_names[1]: row for t, row in rows}
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: averages, scores, pattern, step."""
-        return {"global_step": self.global_step, "variant": self.variant, **self.importance.state_dict()}
+        settings = {"variant": self.variant, "metric": self.metric, "reduction": self.reduction}
+        steps = {"global_step": self.global_step, "next_step": self.next_step}
+        return {**settings, **steps, **self.importance.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``.
 
         Raises:
-            ValueError: it is incomplete or corrupt, of another variant or of layers with other shapes; nothing changes.
+            ValueError: it is incomplete or corrupt, of another variant, metric or reduction, or of layers with other
+                shapes; nothing changes.
         """
-        check_keys(state, ("variant", "global_step"))
-        if state["variant"] != self.variant:
-            raise ValueError(f"state: expected variant {self.variant!r}, got {state['variant']!r}")
-        if type(state["global_step"]) is not int:
-            raise ValueError(f"state['global_step']: expected an integer, got {state['global_step']!r}")
+        check_keys(state, ("variant", "metric", "reduction", "global_step", "next_step"))
+        for name in ("variant", "metric", "reduction"):
+            if state[name] != getattr(self, name):
+                raise ValueError(f"state: expected {name} {getattr(self, name)!r}, got {state[name]!r}")
+        for name in ("global_step", "next_step"):
+            if type(state[name]) is not int:
+                raise ValueError(f"state[{name!r}]: expected an integer, got {state[name]!r}")
         self.importance.load_state_dict(state)
-        self.global_step = state["global_step"]
+        self.global_step, self.next_step = state["global_step"], state["next_step"]
+        self._measured = self._handled = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is attached to nothing, and no step of it is under way."""
+        return {**self.__dict__, "_attachment": None, "_measured": None, "_handled": None}
 
 
-def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, *, accumulate: bool = False) -> Tensor:
-    """γ · mean of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F over all adapted matrices of ``model``, differentiable, 0-d.
-
-    ``accumulate`` adds its gradient in one launch when the backward ends; see ``ops.orthogonality_loss``.
-
-    Raises:
-        ValueError: a model without layers with lora_A, lora_E and lora_B, or a negative weight.
-    """
-    triplets = find_triplets(model)
-    if not triplets:
-        raise ValueError("model: expected layers with lora_A, lora_E and lora_B, found none")
-    lora_A, lora_B = [t.lora_A for t in triplets], [t.lora_B for t in triplets]
-    return orthogonality_loss(lora_A, lora_B, regu_weight, accumulate=accumulate)
-
-
-__all__ = ["RankAllocator", "Turn", "compute_orth_regu"]
+__all__ = ["RankAllocator"]

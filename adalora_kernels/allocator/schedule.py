@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-VARIANTS = ("original", "peft")
+VARIANTS = ("original", "peft", "paper")
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class BudgetSchedule:
         mask_interval: ΔT.
         initial_rank: b⁰, the total rank at the start.
         target_rank: b^T; at or above ``initial_rank`` there is nothing to prune.
-        variant: "original" ranks at every step after T - t_f; "peft" ranks once at T - t_f, resets the averages there
-            and re-applies the pattern afterwards.
+        variant: "original" and "paper" rank at every step after T - t_f; "peft" ranks once at T - t_f, resets the
+            averages there and re-applies the pattern afterwards.
 
     Raises:
         ValueError: a negative or unordered length, an interval below 1, a negative rank, or an unknown variant.

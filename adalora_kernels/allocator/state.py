@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from adalora_kernels.allocator.triplets import Triplet, layout_of
 from adalora_kernels.ops.checks import floating_state_dtype
+from adalora_kernels.ops.importance import triplet_scores
 
 
 class ImportanceState:
@@ -21,7 +23,7 @@ class ImportanceState:
         scores: [total rank], S of each triplet at the last update.
         live: bool [total rank], the current pattern.
         updates: how many steps the averages were offered since they last started at 0.
-        settled: whether the final pattern is fixed (variant "peft").
+        settled: whether the pattern is final: triplets were ranked at or after T - t_f.
     """
 
     def __init__(self, triplets: list[Triplet]) -> None:
@@ -42,10 +44,13 @@ class ImportanceState:
         average, uncertainty = self.averages.index_select(0, self.half.to(torch.int64))[0]
         return average, uncertainty
 
+    def pattern(self) -> list[list[bool]]:
+        """Which triplets of each layer live. Waits for the device."""
+        flat = self.live.tolist()
+        return [flat[a:b] for a, b in pairwise(self.layout.rank_offsets)]
+
     def set_current(self, average: Tensor, uncertainty: Tensor) -> None:
         """Put Ī and Ū, flat [elements], and score the triplets by them."""
-        from adalora_kernels.ops.importance import triplet_scores
-
         self.half.zero_()
         self.averages[0, 0].copy_(average)
         self.averages[0, 1].copy_(uncertainty)

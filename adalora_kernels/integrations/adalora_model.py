@@ -6,7 +6,6 @@ type, and once per optimizer step. The schedule is PEFT's, and so is the format 
 
 from __future__ import annotations
 
-import warnings
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,19 +17,13 @@ from peft.tuners.adalora.model import AdaLoraModel
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from adalora_kernels.allocator import RankAllocator, find_triplets
+from adalora_kernels.allocator import find_triplets
 from adalora_kernels.allocator.triplets import Slot
+from adalora_kernels.allocator.watch import unwatch, watch
 from adalora_kernels.backends.select import Backend, offers, parse
-from adalora_kernels.integrations.rank_pattern import (
-    Pattern,
-    adopt_averages,
-    by_layer,
-    gather,
-    path_key,
-    return_averages,
-    spread,
-)
+from adalora_kernels.integrations.rank_pattern import Pattern, by_layer, gather, path_key, return_averages
 from adalora_kernels.integrations.svd_layer import fuse_layer
+from adalora_kernels.integrations.tuner_allocator import TunerAllocator
 from adalora_kernels.ops.orthogonality import can_accumulate, orthogonality_loss
 
 
@@ -57,7 +50,7 @@ class FusedState:
     layers: dict[str, AdaLoraLayer] | None = None
     factors: list[tuple[Slot, Slot]] | None = None
     factors_of: str = ""
-    allocator: RankAllocator | None = None
+    allocator: TunerAllocator | None = None
     bound: bool = False
     kept: dict[str, Pattern] = field(default_factory=dict)
     term_due: bool = True
@@ -100,7 +93,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         lora_A, lora_B = self._factors(name)
         if weight == 0 or not lora_A:
             return torch.zeros(())
-        backend = self._backend_of("orthogonality")
+        backend = self.backend_of("orthogonality")
         devices = {a.device for a in lora_A}
         at_once = can_accumulate((*lora_A, *lora_B))
         if len(devices) == 1:
@@ -151,6 +144,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         While global_step < total_step - tfinal the gradients go into the importance averages. A step with a gradient
         that is not finite leaves averages and pattern as they are, a parameter without a gradient keeps its averages,
         and a target rank at or above the initial one prunes nothing. The schedule is read from the config at each step.
+        After ``rank_allocator().attach(optimizer)`` the optimizer's steps do all of this, and nothing is left to do here.
         ``config.rank_pattern`` changes where this step ranked; that read-back waits for the device.
 
         Args:
@@ -160,27 +154,12 @@ class FusedAdaLoraModel(AdaLoraModel):
             ValueError: no adapter trains; or no parameter has a gradient although one is needed, that is, ``backward``
                 was not called or the gradients are already cleared. Model and allocator are left as they were.
         """
-        trained = self.trained_adapter()
-        if trained is None:
+        if self.trained_adapter() is None:
             raise ValueError("update_and_allocate: expected a trainable AdaLoRA adapter, found only inference adapters")
-        name, config = trained
         allocator = self.rank_allocator()
-        _, threshold = allocator.update_and_mask(allocator.model, global_step)
-        self.fused_state.term_due = True
-        if threshold is not None:
-            kept = self.fused_state.kept.get(name, {})
-            rows = zip(allocator.triplets, allocator.get_rank_pattern().values(), strict=True)
-            config.rank_pattern = {path_key(t.name, name): spread(row, kept.get(t.name)) for t, row in rows}
-        state = self.fused_state
-        if config.orth_reg_weight > 0 and state.term_missed and not state.term_used:
-            state.term_used = True
-            warnings.warn(
-                "AdaLoRA's orthogonality term is in no loss, since the model returned none: "
-                "add base_model.orthogonality_loss() to yours.",
-                stacklevel=2,
-            )
+        allocator.update_and_mask(allocator.model, global_step)
 
-    def rank_allocator(self) -> RankAllocator:
+    def rank_allocator(self) -> TunerAllocator:
         """The allocator of the trained adapter, on the schedule that its config holds now.
 
         Raises:
@@ -193,15 +172,12 @@ class FusedAdaLoraModel(AdaLoraModel):
         state = self.fused_state
         allocator = state.allocator
         if allocator is None or allocator.adapter != name or not self._rebind(allocator):
-            allocator = state.allocator = self._new_allocator(name, config)
-        state.bound = True
-        allocator.total_step, allocator.mask_interval = config.total_step, config.deltaT
-        allocator.initial_warmup, allocator.final_warmup = config.tinit, config.tfinal
-        allocator.beta1, allocator.beta2 = config.beta1, config.beta2
-        allocator.target_rank = config.target_r * len(allocator.triplets)
+            allocator = state.allocator = TunerAllocator(self, name, config)
+        state.bound, allocator.config = True, config
+        allocator.follow_config()
         return allocator
 
-    def _rebind(self, allocator: RankAllocator) -> bool:
+    def _rebind(self, allocator: TunerAllocator) -> bool:
         """Let the allocator follow parameters that were replaced or moved; False where it no longer fits them."""
         if self.fused_state.bound and allocator.importance.live.device == allocator.triplets[0].lora_E.device:
             return True
@@ -210,42 +186,6 @@ class FusedAdaLoraModel(AdaLoraModel):
             return False
         allocator.bind(self.model)
         return True
-
-    def _new_allocator(self, name: str, config: AdaLoraConfig) -> RankAllocator:
-        allocator = RankAllocator(
-            self.model,
-            lora_r=config.init_r,
-            target_rank=config.target_r,
-            init_warmup=config.tinit,
-            final_warmup=config.tfinal,
-            mask_interval=config.deltaT,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            total_step=config.total_step,
-            variant="peft",
-            adapter=name,
-            backend=self._backend_of("importance"),
-        )
-        peft_allocator = self.__dict__.get("rankallocator")
-        if peft_allocator is not None and peft_allocator.adapter_name == name:
-            adopt_averages(allocator, peft_allocator)
-        if config.rank_pattern:
-            pattern = by_layer(config.rank_pattern, self.adalora_layers(), name)
-            kept = self.fused_state.kept.setdefault(name, {})
-            rows: list[bool] = []
-            for triplet in allocator.triplets:
-                rank = triplet.lora_E.shape[0]
-                row = pattern.get(triplet.name, [True] * rank)
-                if len(row) != rank and sum(row) == rank:
-                    kept.setdefault(triplet.name, row)
-                current = gather(row, kept.get(triplet.name))
-                if len(current) != rank:
-                    raise ValueError(
-                        f"rank_pattern[{triplet.name!r}]: expected one entry for each of {rank} rows, got {len(row)}"
-                    )
-                rows.extend(current)
-            allocator.importance.live.copy_(torch.tensor(rows, dtype=torch.bool))
-        return allocator
 
     def trained_adapter(self) -> tuple[str, AdaLoraConfig] | None:
         """Name and config of the adapter that trains, or None if all are for inference."""
@@ -271,7 +211,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         # Straight from the registries: look-ups of module attributes would cost more than the term itself.
         return [a[i] for (a, i), _ in state.factors], [b[j] for _, (b, j) in state.factors]
 
-    def _backend_of(self, op: str) -> Backend | None:
+    def backend_of(self, op: str) -> Backend | None:
         """The backend asked for, where it has ``op``; else the automatic choice."""
         backend = parse(self.fused_state.backend)
         return backend if backend is not None and offers(backend, op) else None
@@ -344,15 +284,18 @@ def fuse_model(model: AdaLoraModel, backend: str | Backend | None) -> None:
     if type(model) is not FusedAdaLoraModel:
         model.__class__ = FusedAdaLoraModel
         model.fused_state.hook = model.model.register_forward_hook(model.add_term, with_kwargs=True)
+        if triplets := find_triplets(model.model):
+            watch(model, triplets[0].slots[1], "patch_model was called", "base_model.update_and_allocate(step)")
     state = model.fused_state
     state.backend = backend
     if state.allocator is not None:
-        state.allocator.backend = model._backend_of("importance")
+        state.allocator.backend = model.backend_of("importance")
 
 
 def restore_model(model: FusedAdaLoraModel) -> None:
     """Undo ``fuse_model``; PEFT's allocator continues with our averages."""
     state = model.fused_state
+    unwatch(model)
     if state.hook is not None:
         state.hook.remove()
     peft_allocator = model.__dict__.get("rankallocator")

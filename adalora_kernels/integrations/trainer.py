@@ -24,6 +24,8 @@ class _Driver(Protocol):
 
     def set_total_step(self, total_step: int) -> None: ...
 
+    def before_step(self, model: nn.Module, global_step: int) -> None: ...
+
     def step(self, model: nn.Module, global_step: int) -> None: ...
 
     def figures(self, global_step: int) -> dict[str, float]: ...
@@ -86,10 +88,21 @@ class AdaLoraCallback(TrainerCallback):
                 stacklevel=2,
             )
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the allocator the Trainer's count, and let variant "paper" score before the step."""
+        if self._driver is None:
+            self._driver = _driver_for(kwargs["model"], self.allocator)
+        self._driver.before_step(kwargs["model"], state.global_step)
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Update importance and masks. A step that was skipped for an overflow is recognised by its gradients."""
+        """Update importance and masks, unless an attached optimizer has done so in its step.
+
+        A step that was skipped for an overflow is recognised by its gradients.
+        """
         if self._driver is None:
             self._driver = _driver_for(kwargs["model"], self.allocator)
         self._driver.step(kwargs["model"], state.global_step)
@@ -133,11 +146,23 @@ class _PeftDriver:
         _check_schedule(total_step, self.config.tinit, self.config.tfinal)
         self.config.total_step = total_step
 
+    @property
+    def patched(self) -> bool:
+        return hasattr(type(self.tuner), "rank_allocator")
+
+    def before_step(self, model: nn.Module, global_step: int) -> None:
+        if self.patched:
+            self.tuner.rank_allocator().next_step = global_step
+
     def step(self, model: nn.Module, global_step: int) -> None:
-        self.tuner.update_and_allocate(global_step)
+        if not self.patched:
+            self.tuner.update_and_allocate(global_step)
+        elif (allocator := self.tuner.rank_allocator()).next_step != global_step + 1:
+            self.tuner.update_and_allocate(global_step)
+            allocator.note(global_step, (allocator.schedule.budget(global_step), None))
 
     def figures(self, global_step: int) -> dict[str, float]:
-        if not hasattr(type(self.tuner), "rank_allocator"):
+        if not self.patched:
             budget, _ = self.tuner.rankallocator.budget_schedule(global_step)
             pattern = self.config.rank_pattern
             live = sum(map(sum, pattern.values())) if pattern else self.tuner.rankallocator.init_bgt
@@ -159,8 +184,13 @@ class _AllocatorDriver:
         _check_schedule(total_step, self.allocator.initial_warmup, self.allocator.final_warmup)
         self.allocator.set_total_step(total_step)
 
+    def before_step(self, model: nn.Module, global_step: int) -> None:
+        self.allocator.next_step = global_step
+        if self.allocator.pre_step and not self.allocator.attached:
+            self.allocator.update_importance(model, global_step)
+
     def step(self, model: nn.Module, global_step: int) -> None:
-        self.allocator.update_and_mask(model, global_step)
+        self.allocator.advance(model, global_step)
 
     def figures(self, global_step: int) -> dict[str, float]:
         live = sum(self.allocator.live_ranks().values())

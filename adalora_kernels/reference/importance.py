@@ -1,7 +1,8 @@
 """Sensitivity × uncertainty of every element, and the score of every singular triplet (AdaLoRA, equations 8–10 and 11).
 
 For an element θ with gradient g: I = |θ g|, Ī ← β₁ Ī + (1-β₁) I, Ū ← β₂ Ū + (1-β₂) |I - Ī| with the new Ī, s = Ī Ū.
-For a triplet i: S_i = s(E_i) + mean_k s(A_ik) + mean_j s(B_ji).
+For a triplet i: S_i = s(E_i) + mean_k s(A_ik) + mean_j s(B_ji). The original code has options: sums for the means, and
+|θ| for s(θ).
 """
 
 from __future__ import annotations
@@ -53,24 +54,32 @@ class TripletLayout:
         return self.rank_offsets[-1]
 
 
-def triplet_scores(layout: TripletLayout, average: Tensor, uncertainty: Tensor) -> Tensor:
-    """S of every triplet, [total_rank], from the flat averages Ī and Ū, both [total_elements]."""
-    return _combine(layout, average * uncertainty)
+REDUCTIONS = ("mean", "sum")
 
 
-def magnitude_scores(layout: TripletLayout, params: Sequence[Tensor]) -> Tensor:
+def triplet_scores(layout: TripletLayout, average: Tensor, uncertainty: Tensor, reduction: str = "mean") -> Tensor:
+    """S of every triplet, [total_rank], from the flat averages Ī and Ū, both [total_elements].
+
+    ``reduction`` says what becomes of the scores of A's rows and B's columns: "mean", or "sum".
+    """
+    return _combine(layout, average * uncertainty, reduction)
+
+
+def magnitude_scores(layout: TripletLayout, params: Sequence[Tensor], reduction: str = "mean") -> Tensor:
     """S of every triplet with |θ| in place of s(θ), [total_rank] (the original code's metric ``mag``)."""
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
-    return _combine(layout, torch.cat([p.detach().reshape(-1).abs().to(dtype) for p in params]))
+    return _combine(layout, torch.cat([p.detach().reshape(-1).abs().to(dtype) for p in params]), reduction)
 
 
-def _combine(layout: TripletLayout, elements: Tensor) -> Tensor:
+def _combine(layout: TripletLayout, elements: Tensor, reduction: str) -> Tensor:
+    reduce = {"mean": torch.mean, "sum": torch.sum}[reduction]
     scores = elements.new_empty(layout.total_rank)
     for i, (r, k, n) in enumerate(layout.shapes):
         if r == 0:
             continue
         a, e, b = (elements[layout.offsets[j] : layout.offsets[j + 1]] for j in range(3 * i, 3 * i + 3))
-        scores[layout.rank_offsets[i] : layout.rank_offsets[i + 1]] = e + (a.view(r, k).mean(1) + b.view(n, r).mean(0))
+        total = e + (reduce(a.view(r, k), 1) + reduce(b.view(n, r), 0))
+        scores[layout.rank_offsets[i] : layout.rank_offsets[i + 1]] = total
     return scores
 
 
@@ -152,4 +161,4 @@ def _check_arguments(
             )
 
 
-__all__ = ["TripletLayout", "importance_update", "magnitude_scores", "triplet_scores"]
+__all__ = ["REDUCTIONS", "TripletLayout", "importance_update", "magnitude_scores", "triplet_scores"]

@@ -1,0 +1,259 @@
+"""One step of the rank budget, in parts: what is due, the importance update, the masks (AdaLoRA, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adalora_kernels.allocator.schedule import VARIANTS, BudgetSchedule, StepPlan
+from adalora_kernels.allocator.state import ImportanceState
+from adalora_kernels.allocator.tensorboard import write_scalars
+from adalora_kernels.allocator.triplets import Triplet, find_triplets
+from adalora_kernels.backends.select import Backend, parse, select
+from adalora_kernels.ops.allocation import mask_to_budget, zero_pruned
+from adalora_kernels.ops.importance import importance_update
+from adalora_kernels.reference.importance import REDUCTIONS, magnitude_scores, triplet_scores
+
+METRICS = ("ipt", "mag")
+
+
+class Turn(NamedTuple):
+    """One step of the allocator, from ``begin`` to ``finish``.
+
+    Attributes:
+        step: its number, counted from 0.
+        plan: what it does.
+        params: A, E and B of each layer, as they are in this step.
+        lora_E: the E among them.
+    """
+
+    step: int
+    plan: StepPlan
+    params: Sequence[Tensor]
+    lora_E: Sequence[Tensor]
+
+
+class BudgetEngine:
+    """The step of ``RankAllocator`` (which has the settings' meaning) in parts, for optimizers that do some of them:
+
+        turn = allocator.begin(step)                 # the plan and the parameters
+        finite = allocator.update(turn)              # or the optimizer's own, into allocator.importance
+        threshold = allocator.finish(turn, finite)   # after the parameters' update
+
+    What can go wrong raises in ``begin`` and ``update``, before anything has changed. ``update`` runs on the parameters
+    as they are before the optimizer's update where ``pre_step`` is set, else as they are after it, and on the same
+    gradients either way: accumulated, unscaled and clipped.
+
+    Attributes:
+        importance: averages, scores and pattern.
+        triplets: the layers, in the order of the averages.
+        global_step: the last step that was finished, counted from 0.
+        next_step: the step that comes next where nobody gives a number.
+    """
+
+    total_rank: int
+    target_rank: int
+    initial_warmup: int
+    final_warmup: int
+    mask_interval: int
+    total_step: int | None
+    beta1: float
+    beta2: float
+    tb_writter: Any
+    log_interval: int
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: str | None,
+        variant: str,
+        metric: str,
+        reduction: str,
+        backend: str | Backend | None,
+    ) -> None:
+        for name, value, known in (
+            ("variant", variant, VARIANTS),
+            ("metric", metric, METRICS),
+            ("reduction", reduction, REDUCTIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+        self.model, self.adapter = model, adapter
+        self.variant, self.metric, self.reduction = variant, metric, reduction
+        self.backend = parse(backend)
+        self.triplets = self._find(model)
+        self.importance = ImportanceState(self.triplets)
+        for op in ("importance", "allocation"):  # a backend that can't run says so here rather than in mid-training
+            select(op, self.importance.live.device.type, self.importance.averages.dtype, 0, self.backend)
+        self.global_step = self.next_step = 0
+
+    @property
+    def pre_step(self) -> bool:
+        """Whether importance reads the parameters before the optimizer's update (the paper's algorithm 1)."""
+        return self.variant == "paper"
+
+    @property
+    def schedule(self) -> BudgetSchedule:
+        """The schedule in force.
+
+        Raises:
+            ValueError: ``total_step`` was never set.
+        """
+        if self.total_step is None:
+            raise ValueError("total_step: expected the number of optimizer steps, got None; call set_total_step first")
+        return self._schedule(self.total_step)
+
+    def _schedule(self, total_step: int) -> BudgetSchedule:
+        """Built anew at each use, since PEFT's users change these settings while training."""
+        return BudgetSchedule(
+            total_step,
+            self.initial_warmup,
+            self.final_warmup,
+            self.mask_interval,
+            self.total_rank,
+            self.target_rank,
+            self.variant,
+        )
+
+    def _find(self, model: nn.Module) -> list[Triplet]:
+        triplets = find_triplets(model, self.adapter)
+        if not triplets:
+            wanted = "" if self.adapter is None else f" for adapter {self.adapter!r}"
+            raise ValueError(f"model: expected layers with lora_A, lora_E and lora_B{wanted}, found none")
+        devices = sorted({str(p.device) for t in triplets for p in t.parameters})
+        if len(devices) > 1:
+            raise ValueError(f"model: expected its adapters on one device, found them on {', '.join(devices)}")
+        return triplets
+
+    def bind(self, model: nn.Module) -> None:
+        """Follow ``model``'s parameters from now on: a copy of the same layers, or layers whose parameters were
+        replaced.
+
+        Raises:
+            ValueError: its layers have other shapes; nothing changes.
+        """
+        triplets = self._find(model)
+        if [t.shape for t in triplets] != list(self.importance.layout.shapes):
+            raise ValueError("model: expected the layers that this allocator was made for, found other shapes")
+        self.model, self.triplets = model, triplets
+        self.importance.move_to(triplets[0].lora_E.device)
+
+    def begin(self, step: int, params: Sequence[Tensor] | None = None) -> Turn:
+        """What ``step`` does, and the parameters that it does it to.
+
+        Args:
+            step: the optimizer step, counted from 0.
+            params: A, E and B of each layer in the order of ``triplets``, where the caller has them; else looked up.
+
+        Raises:
+            ValueError: a negative step; ``total_step`` is not set; a step that ranks, with a frozen layer.
+        """
+        plan = self.schedule.plan(step, self.importance.settled)
+        if params is None:
+            params = [registry[key] for t in self.triplets for registry, key in t.slots]
+        turn = Turn(step, plan, params, params[1::3])
+        if plan.rank:
+            self._check_trainable(turn.lora_E)
+        return turn
+
+    def update(self, turn: Turn, found_inf: Tensor | None = None) -> Tensor | None:
+        """Take the gradients into Ī, Ū and the scores, where ``turn.plan.update`` says so.
+
+        Who does this elsewhere writes to ``importance`` (``averages``, ``half`` and ``scores``) as
+        ``ops.importance_update`` would.
+
+        Args:
+            turn: of ``begin``.
+            found_inf: one element, not 0 where the optimizer skips this step, whatever the adapters' gradients are.
+
+        Returns:
+            bool [1]: whether it was taken, all being finite; None where this step takes none or no parameter has a
+            gradient.
+        """
+        if not turn.plan.update:
+            return None
+        grads = [p.grad for p in turn.params]
+        if not any(grad is not None for grad in grads):
+            return None
+        state = self.importance
+        before = None if found_inf is None else (state.half.clone(), state.scores.clone())
+        finite = importance_update(
+            state.layout,
+            turn.params,
+            grads,
+            state.averages,
+            state.half,
+            state.scores,
+            self.beta1,
+            self.beta2,
+            backend=self.backend,
+        )
+        if found_inf is None or before is None:
+            return finite
+        # The update went to the other half; going back to this one undoes it.
+        taken = (found_inf == 0).reshape(1).to(state.half.device)
+        for now, then in zip((state.half, state.scores), before, strict=True):
+            now.copy_(torch.where(taken, now, then))
+        return finite & taken
+
+    def finish(self, turn: Turn, finite: Tensor | None) -> Tensor | None:
+        """Mask as the plan says, and log. The parameters have been updated.
+
+        Args:
+            turn: of ``begin``.
+            finite: what ``update`` returned: where it holds False, the masks stay as they are. From T - t_f on no
+                gradient counts, and the masks follow the averages alone.
+
+        Returns:
+            The threshold, 0-d on the parameters' device, or None if nothing was ranked.
+        """
+        plan, state = turn.plan, self.importance
+        self.global_step, self.next_step = turn.step, turn.step + 1
+        if finite is not None:
+            state.updates += 1
+        threshold = None
+        if plan.rank and state.updates > 0:
+            scores, enabled = state.scores, finite
+            if self.metric != "ipt" or self.reduction != "mean":
+                scores, enabled = self._other_scores(turn, finite)
+            threshold = mask_to_budget(scores, turn.lora_E, plan.budget, state.live, enabled, backend=self.backend)
+        elif plan.rank or plan.reapply:
+            zero_pruned(state.live, turn.lora_E, backend=self.backend)
+        state.settled |= plan.settle
+        if plan.reset:
+            state.reset()
+        if self.tb_writter is not None and turn.step % self.log_interval == 0:
+            write_scalars(self.tb_writter, self, threshold, turn.step)
+        return threshold
+
+    def _other_scores(self, turn: Turn, finite: Tensor | None) -> tuple[Tensor, Tensor]:
+        """S by ``metric`` and ``reduction``, and whether to mask by it (parameters may be anything)."""
+        layout = self.importance.layout
+        if self.metric == "mag":
+            scores = magnitude_scores(layout, turn.params, self.reduction)
+        else:
+            scores = triplet_scores(layout, *self.importance.current(), self.reduction)
+        enabled = scores.isfinite().all().reshape(1)
+        return scores.nan_to_num(), enabled if finite is None else enabled & finite
+
+    def live_ranks(self) -> dict[str, int]:
+        """The live rank of each layer by its path. Waits for the device."""
+        return {t.name: sum(row) for t, row in zip(self.triplets, self.importance.pattern(), strict=True)}
+
+    def _check_trainable(self, singular_values: Sequence[Tensor]) -> None:
+        """A layer frozen since would score lowest for want of gradients, and lose what it has learnt."""
+        trains = [E.requires_grad for E in singular_values]
+        if all(trains) or not any(trains):
+            return
+        for triplet, train in zip(self.triplets, trains, strict=True):
+            if not train:
+                raise ValueError(
+                    f"model: expected every adapted layer to train, but {triplet.parameter_names[1]} is frozen and "
+                    "would be pruned; unfreeze it, or make a new RankAllocator, which leaves it out"
+                )
+
+
+__all__ = ["METRICS", "BudgetEngine", "Turn"]

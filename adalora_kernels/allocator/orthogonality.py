@@ -1,0 +1,32 @@
+"""The orthogonality term of a whole model, under the original package's name."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from adalora_kernels.allocator.triplets import find_triplets
+from adalora_kernels.ops.orthogonality import orthogonality_loss
+
+
+def compute_orth_regu(
+    model: nn.Module, regu_weight: float = 0.1, *, squared: bool = False, accumulate: bool = False
+) -> Tensor:
+    """γ · mean of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F over all adapted matrices of ``model``, differentiable, 0-d.
+
+    Args:
+        model: holds the layers.
+        regu_weight: γ.
+        squared: γ · Σ of their squares instead (the paper's, which goes with variant "paper" of ``RankAllocator``).
+        accumulate: add its gradient in one launch when the backward ends; see ``ops.orthogonality_loss``.
+
+    Raises:
+        ValueError: a model without layers with lora_A, lora_E and lora_B, or a negative weight.
+    """
+    triplets = find_triplets(model)
+    if not triplets:
+        raise ValueError("model: expected layers with lora_A, lora_E and lora_B, found none")
+    lora_A, lora_B = [t.lora_A for t in triplets], [t.lora_B for t in triplets]
+    return orthogonality_loss(lora_A, lora_B, regu_weight, squared, accumulate=accumulate)
+
+
+__all__ = ["compute_orth_regu"]

@@ -1,0 +1,81 @@
+"""One warning where a model trains and its rank allocator is never called: that is plain LoRA, slower.
+
+Torch calls a global hook after every optimizer's step. It is registered while something is watched, which ends with the
+allocator's first step or with the warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+from adalora_kernels.allocator.triplets import Slot
+
+PATIENCE = 10  # optimizer steps
+
+
+@dataclass
+class _Watched:
+    slot: Slot
+    what: str
+    remedy: str
+    steps: int = 0
+
+
+_watched: WeakKeyDictionary[Any, _Watched] = WeakKeyDictionary()
+_hook: RemovableHandle | None = None
+
+
+def watch(owner: object, slot: Slot, what: str, remedy: str) -> None:
+    """Warn if an optimizer makes ``PATIENCE`` steps on the parameter at ``slot`` before ``unwatch(owner)``.
+
+    Args:
+        owner: what is watched; not kept alive.
+        slot: where one of its parameters is kept.
+        what: what has been done so far.
+        remedy: the call that is missing.
+    """
+    global _hook
+    _watched[owner] = _Watched(slot, what, remedy)
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_count)
+
+
+def unwatch(owner: object) -> None:
+    """The allocator of ``owner`` was called, or it is no longer needed."""
+    if _watched:
+        _watched.pop(owner, None)
+        _stop_if_idle()
+
+
+def _stop_if_idle() -> None:
+    global _hook
+    if _hook is not None and not _watched:
+        _hook.remove()
+        _hook = None
+
+
+def _count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for owner, entry in list(_watched.items()):
+        registry, key = entry.slot
+        parameter = registry.get(key)
+        if not any(p is parameter for group in optimizer.param_groups for p in group["params"]):
+            continue
+        entry.steps += 1
+        if entry.steps == PATIENCE:
+            warnings.warn(
+                f"AdaLoRA: {entry.what}, and {PATIENCE} optimizer steps have passed without a call of the rank "
+                f"allocator: ranks stay as they are, as in plain LoRA. Missing: {entry.remedy}.",
+                stacklevel=2,
+            )
+            del _watched[owner]
+    _stop_if_idle()
+
+
+__all__ = ["PATIENCE", "unwatch", "watch"]

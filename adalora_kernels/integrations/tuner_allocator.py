@@ -1,0 +1,107 @@
+"""``RankAllocator`` on PEFT's terms: settings from the adapter's config, the pattern into ``config.rank_pattern``."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.adalora.config import AdaLoraConfig
+from torch import Tensor
+
+from adalora_kernels.allocator import RankAllocator, Turn
+from adalora_kernels.allocator.watch import unwatch
+from adalora_kernels.integrations.rank_pattern import adopt_averages, by_layer, gather, path_key, spread
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adalora_kernels.integrations.adalora_model import FusedAdaLoraModel
+
+
+class TunerAllocator(RankAllocator):
+    """The allocator of one adapter of a patched PEFT model.
+
+    Args:
+        tuner: the model.
+        name: the adapter's name.
+        config: the adapter's config, which is read again at each step.
+
+    Raises:
+        ValueError: the config's rank pattern doesn't fit the layers, or as ``RankAllocator``.
+    """
+
+    def __init__(self, tuner: FusedAdaLoraModel, name: str, config: AdaLoraConfig) -> None:
+        super().__init__(
+            tuner.model,
+            lora_r=config.init_r,
+            target_rank=config.target_r,
+            init_warmup=config.tinit,
+            final_warmup=config.tfinal,
+            mask_interval=config.deltaT,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            total_step=config.total_step,
+            variant="peft",
+            adapter=name,
+            backend=tuner.backend_of("importance"),
+        )
+        unwatch(self)  # the model is watched
+        self.tuner, self.name, self.config = tuner, name, config
+        peft_allocator = tuner.__dict__.get("rankallocator")
+        if peft_allocator is not None and peft_allocator.adapter_name == name:
+            adopt_averages(self, peft_allocator)
+        if config.rank_pattern:
+            self._adopt_pattern()
+
+    def _adopt_pattern(self) -> None:
+        pattern = by_layer(self.config.rank_pattern, self.tuner.adalora_layers(), self.name)
+        kept = self.tuner.fused_state.kept.setdefault(self.name, {})
+        rows: list[bool] = []
+        for triplet in self.triplets:
+            rank = triplet.lora_E.shape[0]
+            row = pattern.get(triplet.name, [True] * rank)
+            if len(row) != rank and sum(row) == rank:
+                kept.setdefault(triplet.name, row)
+            current = gather(row, kept.get(triplet.name))
+            if len(current) != rank:
+                raise ValueError(
+                    f"rank_pattern[{triplet.name!r}]: expected one entry for each of {rank} rows, got {len(row)}"
+                )
+            rows.extend(current)
+        self.importance.live.copy_(torch.tensor(rows, dtype=torch.bool))
+
+    def follow_config(self) -> None:
+        """Take the schedule that the config holds now."""
+        config = self.config
+        self.total_step, self.mask_interval = config.total_step, config.deltaT
+        self.initial_warmup, self.final_warmup = config.tinit, config.tfinal
+        self.beta1, self.beta2 = config.beta1, config.beta2
+        self.target_rank = config.target_r * len(self.triplets)
+
+    def begin(self, step: int, params: Sequence[Tensor] | None = None) -> Turn:
+        """As ``RankAllocator``'s, on the config's present schedule."""
+        self.follow_config()
+        return super().begin(step, params)
+
+    def finish(self, turn: Turn, finite: Tensor | None) -> Tensor | None:
+        """As ``RankAllocator``'s; where it ranked, the pattern goes to the config, which waits for the device."""
+        threshold = super().finish(turn, finite)
+        unwatch(self.tuner)
+        state = self.tuner.fused_state
+        state.term_due = True
+        if threshold is not None:
+            kept = state.kept.get(self.name, {})
+            rows = zip(self.triplets, self.importance.pattern(), strict=True)
+            self.config.rank_pattern = {path_key(t.name, self.name): spread(row, kept.get(t.name)) for t, row in rows}
+        if self.config.orth_reg_weight > 0 and state.term_missed and not state.term_used:
+            state.term_used = True
+            warnings.warn(
+                "AdaLoRA's orthogonality term is in no loss, since the model returned none: "
+                "add base_model.orthogonality_loss() to yours.",
+                stacklevel=2,
+            )
+        return threshold
+
+
+__all__ = ["TunerAllocator"]
