@@ -102,7 +102,7 @@ def test_plan_asked_for_by_name(plan: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "message"),
     (
-        ("triton:nonsense", r"backend: expected a forward plan of triton \(one_pass, .*\), got 'nonsense'"),
+        ("triton:nonsense", r"backend: expected a forward plan of triton \(published, .*one_pass.*\), got 'nonsense'"),
         ("triton:one_pass/one_pass", r"backend: expected a backward plan of triton \(.*split.*\), got 'one_pass'"),
         ("triton:split", "backend: expected a forward plan"),
         ("triton:/", "backend: expected a plan of triton before or after the slash"),

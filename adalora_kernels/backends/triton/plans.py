@@ -11,7 +11,9 @@ from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from adalora_kernels.backends.triton import costs, measured, tiles
+from adalora_kernels.backends.triton import costs, measured
+from adalora_kernels.backends.triton.backward import configurations as backward_tiles
+from adalora_kernels.backends.triton.launched import launches, tile
 from adalora_kernels.backends.triton.problem import Problem
 
 
@@ -20,7 +22,7 @@ class Plan(NamedTuple):
 
     Attributes:
         name: what it is asked for by.
-        kernels: those of its kernels that have a table of tiles, in the order of their launches.
+        kernels: those of its kernels that have a table of tiles, in the order of launches; not each runs every problem.
         obstacle: says why it can't run a problem, or None where it can.
         seconds: the calculated time of a problem.
     """
@@ -51,14 +53,36 @@ def _nothing(problem: Problem) -> str | None:
     return None
 
 
+def _needs_dx(problem: Problem) -> str | None:
+    """Of a plan that is built around the product g W."""
+    return _needs_weight(problem) or (None if problem.need_x else "the gradient of x isn't asked for")
+
+
+def _fits_beside_dx(problem: Problem) -> str | None:
+    """Of a plan that keeps v, T and dA in registers beside a tile of dx."""
+    largest = backward_tiles.largest_rank("one_gemm")
+    too_large = f"it holds ranks up to {largest}, and this is {problem.rank}" if problem.rank > largest else None
+    return _needs_dx(problem) or too_large
+
+
 FORWARD = {
     plan.name: plan
     for plan in (
+        Plan("published", ("gemm",), _needs_weight, costs.published),
+        Plan("shrink_tail", ("shrink", "gemm"), _needs_weight, costs.shrink_tail),
+        Plan("blas", ("shrink", "low_rank"), _needs_weight, costs.forward_blas),
         Plan("one_pass", ("one_pass",), _needs_weight, costs.one_pass),
         Plan("delta", ("delta",), _needs_base, costs.delta),
     )
 }
-BACKWARD = {plan.name: plan for plan in (Plan("split", ("v", "x", "t"), _nothing, costs.split),)}
+BACKWARD = {
+    plan.name: plan
+    for plan in (
+        Plan("one_gemm", ("one_gemm",), _fits_beside_dx, costs.one_gemm),
+        Plan("split", ("g", "t", "v", "dx", "x"), _nothing, costs.split),
+        Plan("blas", ("g", "t", "v", "x"), _needs_dx, costs.backward_blas),
+    )
+}
 _DIRECTIONS = {"forward": FORWARD, "backward": BACKWARD}
 
 
@@ -129,13 +153,8 @@ def _measured(direction: str, problem: Problem, able: tuple[str, ...]) -> tuple[
 def configuration(problem: Problem, choice: Choice) -> str:
     """The tiles that the plans' kernels are launched with, in words."""
     kernels = FORWARD[choice.forward].kernels + BACKWARD[choice.backward].kernels
-    return "; ".join(f"{name} {tile(name, problem)}" for name in kernels)
-
-
-def tile(kernel: str, p: Problem) -> tiles.Tile:
-    """What a kernel is launched with: as measured on such a device, else the table's."""
-    found = tiles.measured_tile(kernel, p.capability, p.width, p.rank)
-    return found or tiles.lookup(kernel, p.family, p.width, p.rank)
+    found = (f"{name} {tile(name, problem)}" for name in kernels if launches(name, problem))
+    return "; ".join(found) or "products of the BLAS alone"
 
 
 @cache

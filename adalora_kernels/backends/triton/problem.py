@@ -25,6 +25,7 @@ class Problem(NamedTuple):
         need_x: whether the gradient of x is asked for; no forward depends on it.
         family: of the device.
         capability: of the device; None on the CPU.
+        programs: as many as it has multiprocessors.
     """
 
     tokens: int
@@ -40,6 +41,7 @@ class Problem(NamedTuple):
     need_x: bool
     family: Family
     capability: tuple[int, int] | None = None
+    programs: int = 4
 
     @property
     def width(self) -> Width:
@@ -48,11 +50,15 @@ class Problem(NamedTuple):
         return tiles.width_of(self.compute_dtype, *operands)
 
     @property
-    def describable(self) -> bool:
-        """Whether the device has tensor descriptors and contiguous operands of this problem can go through them."""
+    def aligned(self) -> bool:
+        """Whether, contiguous, x, W and y are 16-bit matrices with rows of whole 16 bytes."""
         sixteen_bits = self.x_dtype == self.weight_dtype == self.compute_dtype and self.compute_dtype.itemsize == 2
-        rows = self.in_features % 8 == 0 and self.out_features % 8 == 0  # whole 16 bytes
-        return self.family is not Family.AMPERE and sixteen_bits and rows
+        return sixteen_bits and self.in_features % 8 == 0 and self.out_features % 8 == 0
+
+    @property
+    def describable(self) -> bool:
+        """Whether the device has tensor descriptors and, contiguous, x, W and y can go through them."""
+        return self.aligned and self.family is not Family.AMPERE
 
 
 def problem_of(x: Tensor, weight: Tensor | None, adapter: Adapter, need_x: bool = True) -> Problem:
@@ -74,6 +80,7 @@ def problem_of(x: Tensor, weight: Tensor | None, adapter: Adapter, need_x: bool 
         need_x,
         tiles.device_family(x.device),
         tiles.capability_of(x.device),
+        tiles.multiprocessors(x.device),
     )
 
 

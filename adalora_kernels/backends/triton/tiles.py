@@ -80,8 +80,8 @@ _COMMON: _Table = {
     ("delta", Width.HALF): {128: Tile(64, 64, 64, 8, 2)},
     ("delta", Width.MIXED): {128: Tile(64, 64, 64, 8, 2)},
     ("v", Width.SINGLE): {128: Tile(32, 32, 0, 8, 2)},
-    ("t", Width.SINGLE): {128: Tile(32, 64, 0, 8, 2)},
-    ("x", Width.SINGLE): {128: Tile(32, 0, 32, 8, 2)},
+    ("t", Width.SINGLE): {128: Tile(32, 32, 0, 8, 2)},
+    ("x", Width.SINGLE): {128: Tile(32, 0, 32, 8, 1)},
 }
 _TABLES: dict[Family, _Table] = {
     Family.AMPERE: _COMMON
@@ -123,7 +123,7 @@ _TABLES: dict[Family, _Table] = {
         ("v", Width.SINGLE): {128: Tile(32, 64, 0, 8, 2)},
     },
 }
-FINISH_TILE = Tile(32, 0, 0, 4, 2)  # sums fp32 partials, the same way for every device, dtype and rank
+FINISH_TILE = Tile(8, 0, 0, 4, 2)  # sums fp32 partials, the same way for every device, dtype and rank
 
 
 def rank_padding(r: int) -> int:
@@ -173,9 +173,14 @@ def family_of(capability: tuple[int, int] | None) -> Family:
 
 
 @cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; few where each program is interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def _programs_wanted(device: torch.device) -> int:
-    """Programs that fill a device twice over; few where each is interpreted."""
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """Programs that fill a device twice over."""
+    return 2 * multiprocessors(device) if device.type == "cuda" else 4
 
 
 def measured_tile(kernel: str, capability: tuple[int, int] | None, width: Width, r: int) -> Tile | None:
@@ -248,6 +253,7 @@ __all__ = [
     "family_of",
     "lookup",
     "measured_tile",
+    "multiprocessors",
     "operand_width",
     "rank_block",
     "rank_padding",
