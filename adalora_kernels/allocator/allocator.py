@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ class RankAllocator(BudgetEngine):
             if step != global_step:
                 raise ValueError(
                     f"global_step: expected {step}, as the attached optimizer counts, got {global_step}; give your own "
-                    "count to attach(optimizer, step=...), or set allocator.next_step before the optimizer's step"
+                    "count to attach(optimizer, step=...), or to allocator.expect(step) before the optimizer's step"
                 )
             self._handled = None
             return result
@@ -187,17 +187,25 @@ class RankAllocator(BudgetEngine):
             ValueError: as ``update_and_mask``.
         """
         if self.next_step != step + 1:
-            self._handled = None
+            self.expect(step)
             self.note(step, self.update_and_mask(model, step))
+
+    def expect(self, step: int) -> None:
+        """The optimizer step that is about to be made is ``step``, by the caller's own count from 0."""
+        self.next_step, self._handled = step, None
 
     def note(self, step: int, result: tuple[int, Tensor | None]) -> None:
         """``step`` has been made by somebody who calls by itself; ``result`` is what ``update_and_mask`` answers."""
         self._handled = step, result
 
+    def begin(self, step: int, params: Sequence[Tensor] | None = None) -> Turn:
+        """As ``BudgetEngine.begin``."""
+        self._handled = None
+        return super().begin(step, params)
+
     def finish(self, turn: Turn, finite: Tensor | None) -> Tensor | None:
         """As ``BudgetEngine.finish``."""
         unwatch(self)
-        self._handled = None
         return super().finish(turn, finite)
 
     def attach(self, optimizer: Optimizer, step: Callable[[], int] | None = None) -> Attachment:

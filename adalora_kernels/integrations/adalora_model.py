@@ -144,7 +144,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         While global_step < total_step - tfinal the gradients go into the importance averages. A step with a gradient
         that is not finite leaves averages and pattern as they are, a parameter without a gradient keeps its averages,
         and a target rank at or above the initial one prunes nothing. The schedule is read from the config at each step.
-        After ``rank_allocator().attach(optimizer)`` the optimizer's steps do all of this, and nothing is left to do here.
+        After ``rank_allocator().attach(optimizer)`` the optimizer's steps do all of this.
         ``config.rank_pattern`` changes where this step ranked; that read-back waits for the device.
 
         Args:

@@ -152,12 +152,13 @@ class _PeftDriver:
 
     def before_step(self, model: nn.Module, global_step: int) -> None:
         if self.patched:
-            self.tuner.rank_allocator().next_step = global_step
+            self.tuner.rank_allocator().expect(global_step)
 
     def step(self, model: nn.Module, global_step: int) -> None:
         if not self.patched:
             self.tuner.update_and_allocate(global_step)
         elif (allocator := self.tuner.rank_allocator()).next_step != global_step + 1:
+            allocator.expect(global_step)
             self.tuner.update_and_allocate(global_step)
             allocator.note(global_step, (allocator.schedule.budget(global_step), None))
 
@@ -185,7 +186,7 @@ class _AllocatorDriver:
         self.allocator.set_total_step(total_step)
 
     def before_step(self, model: nn.Module, global_step: int) -> None:
-        self.allocator.next_step = global_step
+        self.allocator.expect(global_step)
         if self.allocator.pre_step and not self.allocator.attached:
             self.allocator.update_importance(model, global_step)
 
