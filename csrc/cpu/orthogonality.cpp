@@ -122,16 +122,15 @@ void differentiate(const Matrix& m, const GramKernels<T>& kernels, const T* slop
   scratch.slopes.assign(r * stride, T{});
   for (int64_t i = 0; i < r; ++i)
     for (int64_t j = 0; j < r; ++j) scratch.slopes[i * stride + j] = scale * slopes[i * r + j];
-  const bool in_place = stored_as<T>(m.dtype) && !add;
-  if (!in_place) scratch.gradient.resize(count);
-  T* out = in_place ? static_cast<T*>(gradient) : scratch.gradient.data();
-  const auto times = m.columns ? kernels.times_columns : kernels.times_rows;
-  times(scratch.slopes.data(), widened(m, kernels, scratch), r, m.length, out);
-  if (add) {
-    kernels.add(gradient, m.dtype, out, count);
-  } else if (!in_place) {
-    kernels.narrow(gradient, m.dtype, out, count);
+  const bool in_place = stored_as<T>(m.dtype);
+  T* out = static_cast<T*>(gradient);
+  if (!in_place) {
+    scratch.gradient.resize(count);
+    out = scratch.gradient.data();
+    if (add) kernels.widen(out, gradient, m.dtype, count);
   }
+  kernels.times(m.columns, add, scratch.slopes.data(), widened(m, kernels, scratch), r, m.length, out);
+  if (!in_place) kernels.narrow(gradient, m.dtype, out, count);
 }
 
 template <typename T>

@@ -118,8 +118,8 @@ void gram_columns(const T* b, int64_t rank, int64_t length, double* gram) {
     gram_slab<T>(b, rank, safe, begin, begin + kFold < length ? begin + kFold : length, gram);
 }
 
-// out[i, k…] = Σ_j D[i, j] A[j, k…], kTile rows and two vectors along k at a time.
-template <typename T>
+// out[i, k…] (+)= Σ_j D[i, j] A[j, k…], kTile rows and two vectors along k at a time.
+template <typename T, bool Add>
 void times_rows(const T* d, const T* a, int64_t rank, int64_t length, T* out) {
   constexpr int lanes = kLanes<T>, kWide = 2;
   const int64_t stride = padded(rank);
@@ -136,20 +136,25 @@ void times_rows(const T* d, const T* a, int64_t rank, int64_t length, T* out) {
         }
       }
       for (int64_t i = 0; i < kTile && i0 + i < rank; ++i)
-        for (int w = 0; w < kWide; ++w) store(out + (i0 + i) * length + k + w * lanes, acc[i][w]);
+        for (int w = 0; w < kWide; ++w) {
+          T* place = out + (i0 + i) * length + k + w * lanes;
+          store(place, Add ? load(place) + acc[i][w] : acc[i][w]);
+        }
     }
   }
   for (int64_t i = 0; i < rank; ++i)
     for (int64_t l = k; l < length; ++l) {
       double total = 0;
       for (int64_t j = 0; j < rank; ++j) total += static_cast<double>(d[j * stride + i]) * a[j * length + l];
-      out[i * length + l] = static_cast<T>(total);
+      T& place = out[i * length + l];
+      place = static_cast<T>(Add ? place + total : total);
     }
 }
 
-// out[n, j…] = Σ_i B[n, i] D[i, j…], kRows rows at a time. A whole register is written at the end of a row too: the
-// next row, written after it, puts that right; so the last rows are written number by number.
-template <typename T>
+// out[n, j…] (+)= Σ_i B[n, i] D[i, j…], kRows rows at a time. A whole register is written at the end of a row too: what
+// it leaves in the next row, written after it, was there before or is put right; so the last rows are written number by
+// number.
+template <typename T, bool Add>
 void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out) {
   constexpr int lanes = kLanes<T>;
   const int64_t stride = padded(rank);
@@ -162,11 +167,16 @@ void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out)
         const Vec<T> row = load(d + i * stride);
         for (int t = 0; t < kRows; ++t) acc[t] = multiply_add(splat(b[(n + t) * rank + i]), row, acc[t]);
       }
+      if constexpr (Add) {
+        // All are read before one is written. D is 0 past the rank, so there the sum is what was there.
+        for (int t = 0; t < kRows; ++t) acc[t] += load(out + (n + t) * rank);
+      }
       for (int t = 0; t < kRows; ++t) store(out + (n + t) * rank, acc[t]);
     }
   } else {
     // The last vector of a row ends with it and overlaps the one before, so nothing is written past the row.
     for (; n + kRows <= length; n += kRows) {
+      const int64_t whole = rank / lanes * lanes;
       for (int64_t j0 = 0; j0 < rank; j0 += lanes) {
         const int64_t j = j0 + lanes <= rank ? j0 : rank - lanes;
         Vec<T> acc[kRows] = {};
@@ -174,7 +184,16 @@ void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out)
           const Vec<T> row = load(d + i * stride + j);
           for (int t = 0; t < kRows; ++t) acc[t] = multiply_add(splat(b[(n + t) * rank + i]), row, acc[t]);
         }
-        for (int t = 0; t < kRows; ++t) store(out + (n + t) * rank + j, acc[t]);
+        for (int t = 0; t < kRows; ++t) {
+          T* place = out + (n + t) * rank + j;
+          if constexpr (Add) {
+            // What the vector before this one has added already stays out of it.
+            if (j0 >= whole)
+              for (int l = 0; l < static_cast<int>(j0 - j); ++l) acc[t][l] = 0;
+            acc[t] += load(place);
+          }
+          store(place, acc[t]);
+        }
       }
     }
   }
@@ -182,25 +201,17 @@ void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out)
     for (int64_t j = 0; j < rank; ++j) {
       double total = 0;
       for (int64_t i = 0; i < rank; ++i) total += static_cast<double>(b[n * rank + i]) * d[i * stride + j];
-      out[n * rank + j] = static_cast<T>(total);
+      T& place = out[n * rank + j];
+      place = static_cast<T>(Add ? place + total : total);
     }
 }
 
-// out += in, rounded once to the dtype of `out`.
 template <typename T>
-void add(void* out, DType dtype, const T* __restrict in, int64_t count) {
-  if (dtype == dtype_of<T>::value) {
-    T* __restrict sum = static_cast<T*>(out);
-    for (int64_t i = 0; i < count; ++i) sum[i] += in[i];
-    return;
-  }
-  T sum[kRowBlock];
-  for (int64_t begin = 0; begin < count; begin += kRowBlock) {
-    const int64_t some = count - begin < kRowBlock ? count - begin : kRowBlock;
-    void* place = static_cast<char*>(out) + begin * size_of(dtype);
-    widen(sum, place, dtype, some);
-    for (int64_t i = 0; i < some; ++i) sum[i] += in[begin + i];
-    narrow(place, dtype, sum, some);
+void times(bool columns, bool add, const T* d, const T* matrix, int64_t rank, int64_t length, T* out) {
+  if (columns) {
+    (add ? times_columns<T, true> : times_columns<T, false>)(d, matrix, rank, length, out);
+  } else {
+    (add ? times_rows<T, true> : times_rows<T, false>)(d, matrix, rank, length, out);
   }
 }
 
@@ -208,10 +219,8 @@ void add(void* out, DType dtype, const T* __restrict in, int64_t count) {
 
 extern const OrthogonalityKernels orthogonality_kernels;
 const OrthogonalityKernels orthogonality_kernels = {
-    {gram_rows<float>, gram_columns<float>, times_rows<float>, times_columns<float>, widen<float>, narrow<float>,
-     add<float>},
-    {gram_rows<double>, gram_columns<double>, times_rows<double>, times_columns<double>, widen<double>,
-     narrow<double>, add<double>},
+    {gram_rows<float>, gram_columns<float>, times<float>, widen<float>, narrow<float>},
+    {gram_rows<double>, gram_columns<double>, times<double>, widen<double>, narrow<double>},
 };
 
 }  // namespace adalora::cpu::ADALORA_ISA

@@ -14,12 +14,10 @@ struct GramKernels {
   // kRowBlock zeros.
   void (*gram_rows)(const T* a, int64_t rank, int64_t length, const T* zeros, double* gram);
   void (*gram_columns)(const T* b, int64_t rank, int64_t length, double* gram);
-  // out = D A, out = B D with D [rank, padded(rank)], symmetric, zero past the rank.
-  void (*times_rows)(const T* d, const T* a, int64_t rank, int64_t length, T* out);
-  void (*times_columns)(const T* d, const T* b, int64_t rank, int64_t length, T* out);
+  // out (+)= D A, or of `columns` B D, with D [rank, padded(rank)], symmetric, zero past the rank.
+  void (*times)(bool columns, bool add, const T* d, const T* matrix, int64_t rank, int64_t length, T* out);
   void (*widen)(T* out, const void* in, DType dtype, int64_t count);
   void (*narrow)(void* out, DType dtype, const T* in, int64_t count);
-  void (*add)(void* out, DType dtype, const T* in, int64_t count);
 };
 
 struct OrthogonalityKernels {
