@@ -124,7 +124,9 @@ def test_module_and_explain() -> None:
     assert layer.lora_E.grad is not None and layer.lora_E.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("backend", ["triton:one_pass/split", "triton:one_pass", "triton:/split"])
+@pytest.mark.parametrize(
+    "backend", ["triton:one_pass/split", "triton:published/one_gemm", "triton:shrink_tail", "triton:/blas"]
+)
 def test_plan_asked_for_by_name(backend: str) -> None:
     """Eager and compiled calls go where explain says."""
     i = layer_inputs(20, 33, 40, 12, device=DEVICE)

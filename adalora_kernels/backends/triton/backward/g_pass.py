@@ -141,7 +141,7 @@ def pass_over_g(
             tile = configurations.choose("g", adapter, grad_y)
         else:
             tile = tiles.choose("t", device, R, compute_dtype, grad_y, adapter=lora_B)
-        blocks_n = triton.cdiv(N, tile.block_n)
+        blocks_n = -(-N // tile.block_n)
         slabs, rows_per_slab = tiles.slabs(M, tile.block_m, blocks_n, device)
         t = torch.empty((slabs, N, rank_padded), dtype=torch.float32, device=device)
         if at_once:
@@ -173,7 +173,7 @@ def pass_over_g(
         v = torch.empty((M, rank_padded), dtype=compute_dtype, device=device)
         launch(
             _svd_linear_backward_v_kernel,
-            (triton.cdiv(M, tile.block_m),),
+            (-(-M // tile.block_m),),
             grad_y,
             lora_E,
             lora_B,

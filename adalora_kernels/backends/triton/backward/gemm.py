@@ -287,11 +287,11 @@ def multiply(
         "one_gemm" if make_v else "dx", adapter, grad_y, x, weight, slim=last_dropped >= 0 or not described
     )
     rank_padded = v.shape[1]
-    blocks_m, blocks_k = triton.cdiv(M, tile.block_m), triton.cdiv(K, tile.block_k)
+    blocks_m, blocks_k = -(-M // tile.block_m), -(-K // tile.block_k)
     programs = tickets.programs(x.device)
     share_rows = (N if u is not None else 0) + (K if with_da else 0)
     blocks = slab_blocks(blocks_m, blocks_k, share_rows * rank_padded * 4, programs)
-    slabs = triton.cdiv(blocks_m, blocks)
+    slabs = -(-blocks_m // blocks)
     shares = (
         torch.empty((slabs, rows, rank_padded), dtype=torch.float32, device=x.device) if wanted else None
         for rows, wanted in ((N, u is not None), (K, with_da))

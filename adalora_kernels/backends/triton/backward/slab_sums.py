@@ -151,7 +151,7 @@ def sum_v(shares: Tensor, adapter: Adapter) -> Tensor:
     v = torch.empty((M, rank_padded), dtype=compute_dtype, device=shares.device)
     launch(
         _svd_linear_backward_sum_v_kernel,
-        (triton.cdiv(M, tile.block_m),),
+        (-(-M // tile.block_m),),
         shares,
         lora_E,
         mask,
@@ -192,8 +192,8 @@ def finish(
     if not (need_A or need_E or need_B):
         return dA, dE, dB
     tile, rank_padded, rank_block = tiles.FINISH_TILE, tiles.rank_padding(R), tiles.rank_block(R)
-    blocks_t = triton.cdiv(N, tile.block_m) if t is not None else 0
-    blocks_a = triton.cdiv(K, tile.block_m) if need_A else 0
+    blocks_t = -(-N // tile.block_m) if t is not None else 0
+    blocks_a = -(-K // tile.block_m) if need_A else 0
     launch(
         _svd_linear_backward_finish_kernel,
         (blocks_t + blocks_a,),

@@ -107,7 +107,7 @@ def pass_over_x(
     lora_A, _, _, _, seed, _, dropout_p, compute_dtype = adapter
     (M, K), R, device = x.shape, lora_A.shape[0], x.device
     tile = tiles.choose("x", device, R, compute_dtype, x, adapter=lora_A)
-    blocks_k = triton.cdiv(K, tile.block_k)
+    blocks_k = -(-K // tile.block_k)
     slabs, rows_per_slab = tiles.slabs(M, tile.block_m, blocks_k, device)
     dx = None
     if with_dx:
