@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adalora_kernels.allocator.attach import Attachment
+from adalora_kernels.allocator.attach import Attachment, innermost
+from adalora_kernels.allocator.compact import Rows, check_carriable, refuse_wrapped, shrink, spread
 from adalora_kernels.allocator.engine import BudgetEngine, Turn
 from adalora_kernels.allocator.state import check_keys
-from adalora_kernels.allocator.watch import unwatch, watch
+from adalora_kernels.allocator.watch import called, watch
 from adalora_kernels.backends.select import Backend
 
 
@@ -45,6 +46,9 @@ class RankAllocator(BudgetEngine):
         reduction: what becomes of the scores of a row of A or a column of B: "mean" or "sum".
         adapter: PEFT's adapter name; None takes what trains.
         backend: of importance and masking: "reference", "native", or None for the best that can run.
+
+    Attributes:
+        kept: for each layer, which of its first rows ``compact`` has left; None before that.
 
     Raises:
         ValueError: a model without such layers, layers on several devices, or a setting out of its range; named in the
@@ -91,6 +95,7 @@ class RankAllocator(BudgetEngine):
         self.total_step = total_step
         self.tb_writter = tb_writter
         self.log_interval = tb_writter_loginterval
+        self.kept: list[list[bool]] | None = None
         self._attachment: Attachment | None = None
         self._measured: tuple[Turn, Tensor | None] | None = None
         self._handled: tuple[int, tuple[int, Tensor | None]] | None = None
@@ -205,7 +210,7 @@ class RankAllocator(BudgetEngine):
 
     def finish(self, turn: Turn, finite: Tensor | None) -> Tensor | None:
         """As ``BudgetEngine.finish``."""
-        unwatch(self)
+        called(self.triplets[0].slots[1])
         return super().finish(turn, finite)
 
     def attach(self, optimizer: Optimizer, step: Callable[[], int] | None = None) -> Attachment:
@@ -238,19 +243,80 @@ class RankAllocator(BudgetEngine):
         """Whether an optimizer's steps drive this."""
         return self._attachment is not None and self._attachment.active
 
+    def compact(self, optimizer: Optimizer | None = None, *, like: dict[str, Any] | None = None) -> dict[str, int]:
+        """Shrink the layers to their live rank for good: live rows of A and E, columns of B.
+
+        For the final phase, where the pattern no longer changes. Outputs stay the same up to the rounding of a sum that
+        has lost terms of 0; c stays, as ``ranknum`` does; a layer with no rank left is the frozen linear. What comes
+        after is the same training only without orthogonality term and gradient clipping: in both of them dead rows
+        count. Waits for the device.
+
+        Args:
+            optimizer: whose moments are to follow (and whose parameters stay the same objects); None takes the attached
+                one. Any other that has moments of the adapters fails at its next step.
+            like: a ``state_dict()`` that was saved after ``compact``. A model that is to continue from there is shrunk
+                to those shapes first, and loads its parameters, the optimizer's state and this state then.
+
+        Returns:
+            The rank of each layer by its path.
+
+        Raises:
+            ValueError: before the final phase's first ranking; after DDP, FSDP or DeepSpeed has the model, or a CUDA
+                graph its addresses; an optimizer whose state can't follow; or ``like`` is of another model. Nothing
+                changes.
+        """
+        if self.captured:
+            raise ValueError("model: expected compact() before steps are captured in a CUDA graph")
+        if optimizer is None and self._attachment is not None and self._attachment.active:
+            optimizer = self._attachment.optimizer
+        rows = self._final_rows() if like is None else self._rows_like(like)
+        refuse_wrapped(self.model, self.triplets)
+        if optimizer is not None:
+            optimizer = innermost(optimizer)
+            check_carriable(self.triplets, optimizer)
+        self._shrink(rows, optimizer)
+        return self.live_ranks()
+
+    def _shrink(self, rows: Rows, optimizer: Optimizer | None) -> None:
+        shrink(self.model, self.triplets, rows, optimizer)
+        self.importance = self.importance.shrunk(self.triplets, rows)
+        self.kept = self._spread(rows)
+
+    def _final_rows(self) -> Rows:
+        if not self.importance.settled:
+            raise ValueError(
+                f"step: expected the final phase, that is, a ranking at or after step {self.schedule.pruning_end}; "
+                f"got to step {self.global_step}"
+            )
+        return self.importance.pattern()
+
+    def _rows_like(self, state: dict[str, Any]) -> Rows:
+        check_keys(state, ("kept",))
+        ranks = [r for r, _, _ in self.importance.layout.shapes]
+        rows: Rows = state["kept"] or [[True] * r for r in ranks]
+        if self.kept is not None or [len(row) for row in rows] != ranks:
+            raise ValueError("like: expected the state of a model that had this one's layers before compact()")
+        return rows
+
     def get_rank_pattern(self) -> dict[str, list[bool]]:
         """Which triplets live, by the name of each layer's E. Waits for the device.
 
-        (The original holds numbers, and only where a TensorBoard writer is given; ``live_ranks`` has the numbers.)
+        After ``compact`` the rows are still those that a layer had at first. (The original holds numbers, and only
+        where a TensorBoard writer is given; ``live_ranks`` has the numbers.)
         """
-        rows = zip(self.triplets, self.importance.pattern(), strict=True)
-        return {t.parameter_names[1]: row for t, row in rows}
+        rows = self._spread(self.importance.pattern())
+        return {t.parameter_names[1]: row for t, row in zip(self.triplets, rows, strict=True)}
+
+    def _spread(self, rows: Rows) -> list[list[bool]]:
+        if self.kept is None:
+            return [list(row) for row in rows]
+        return [spread(row, kept) for row, kept in zip(rows, self.kept, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: averages, scores, pattern, step."""
         settings = {"variant": self.variant, "metric": self.metric, "reduction": self.reduction}
         steps = {"global_step": self.global_step, "next_step": self.next_step}
-        return {**settings, **steps, **self.importance.state_dict()}
+        return {**settings, **steps, "kept": self.kept, **self.importance.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``.
@@ -259,13 +325,18 @@ class RankAllocator(BudgetEngine):
             ValueError: it is incomplete or corrupt, of another variant, metric or reduction, or of layers with other
                 shapes; nothing changes.
         """
-        check_keys(state, ("variant", "metric", "reduction", "global_step", "next_step"))
+        check_keys(state, ("variant", "metric", "reduction", "global_step", "next_step", "kept"))
         for name in ("variant", "metric", "reduction"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"state: expected {name} {getattr(self, name)!r}, got {state[name]!r}")
         for name in ("global_step", "next_step"):
             if type(state[name]) is not int:
                 raise ValueError(f"state[{name!r}]: expected an integer, got {state[name]!r}")
+        if state["kept"] != self.kept:
+            raise ValueError(
+                "state: expected that of layers compacted alike; where it was saved after compact(), call "
+                "compact(like=state) first"
+            )
         self.importance.load_state_dict(state)
         self.global_step, self.next_step = state["global_step"], state["next_step"]
         self._measured = self._handled = None

@@ -23,17 +23,20 @@ class Attachment:
     A GradScaler doesn't call an optimizer on an overflow step. One that handles the scale by itself (``fused=True``) it
     does call, with ``found_inf`` and ``grad_scale`` as attributes: that step leaves averages and masks alone, and
     counts, since knowing better would wait for the device.
+
+    Attributes:
+        optimizer: whose steps these are.
     """
 
     def __init__(self, allocator: RankAllocator, optimizer: Optimizer, step: Callable[[], int] | None) -> None:
-        inner = _innermost(optimizer)
+        inner = innermost(optimizer)
         held = {id(p) for group in inner.param_groups for p in group["params"]}
         if not any(id(p) in held for t in allocator.triplets for p in t.parameters):
             raise ValueError(
                 f"optimizer: expected one that trains the adapters, found none of {allocator.triplets[0].name}'s and "
                 f"the others' in this {type(inner).__name__}"
             )
-        self._allocator, self._optimizer, self._step = allocator, inner, step
+        self.optimizer, self._allocator, self._step = inner, allocator, step
         self._turn: tuple[Turn, Tensor | None] | None = None
         self._handles = [
             inner.register_step_pre_hook(self._before),
@@ -47,7 +50,7 @@ class Attachment:
 
     def is_to(self, optimizer: Optimizer) -> bool:
         """Whether it is attached to this optimizer, wrapped or not."""
-        return self.active and _innermost(optimizer) is self._optimizer
+        return self.active and innermost(optimizer) is self.optimizer
 
     def detach(self) -> None:
         """The optimizer's steps are its own again."""
@@ -87,7 +90,7 @@ class Attachment:
         allocator.note(turn.step, (turn.plan.budget, allocator.finish(turn, finite)))
 
 
-def _innermost(optimizer: Optimizer) -> Optimizer:
+def innermost(optimizer: Optimizer) -> Optimizer:
     """The optimizer whose ``step`` runs the hooks: accelerate and others wrap it.
 
     Raises:
@@ -116,4 +119,4 @@ def _unscale(optimizer: Optimizer) -> None:
     optimizer.grad_scale = None  # type: ignore[attr-defined]
 
 
-__all__ = ["Attachment"]
+__all__ = ["Attachment", "innermost"]

@@ -52,6 +52,7 @@ class BudgetEngine:
         triplets: the layers, in the order of the averages.
         global_step: the last step that was finished, counted from 0.
         next_step: the step that comes next where nobody gives a number.
+        captured: set by who has recorded steps in a CUDA graph, which holds the parameters' addresses and shapes.
     """
 
     total_rank: int
@@ -89,6 +90,7 @@ class BudgetEngine:
         for op in ("importance", "allocation"):  # a backend that can't run says so here rather than in mid-training
             select(op, self.importance.live.device.type, self.importance.averages.dtype, 0, self.backend)
         self.global_step = self.next_step = 0
+        self.captured = False
 
     @property
     def pre_step(self) -> bool:
@@ -248,6 +250,7 @@ class BudgetEngine:
         trains = [E.requires_grad for E in singular_values]
         if all(trains) or not any(trains):
             return
+        trains = [train or not E.numel() for train, E in zip(trains, singular_values, strict=True)]
         for triplet, train in zip(self.triplets, trains, strict=True):
             if not train:
                 raise ValueError(

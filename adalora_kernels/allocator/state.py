@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adalora_kernels.allocator.compact import Rows
 from adalora_kernels.allocator.triplets import Triplet, layout_of
 from adalora_kernels.ops.checks import floating_state_dtype
 from adalora_kernels.ops.importance import triplet_scores
@@ -66,6 +67,22 @@ class ImportanceState:
         """Follow the parameters to another device."""
         for name in ("averages", "half", "scores", "live"):
             setattr(self, name, getattr(self, name).to(device))
+
+    def shrunk(self, triplets: list[Triplet], rows: Rows) -> ImportanceState:
+        """The state of the same layers after ``compact.shrink(..., rows)``."""
+        new = ImportanceState(triplets)
+        kept = torch.tensor([keep for row in rows for keep in row], device=self.live.device)
+        new.scores.copy_(self.scores[kept])
+        new.live.copy_(self.live[kept])
+        masks = []
+        for (_, k, n), row in zip(self.layout.shapes, rows, strict=True):
+            row_mask = torch.tensor(row, dtype=torch.bool, device=self.live.device)
+            masks += [row_mask.repeat_interleave(k), row_mask, row_mask.repeat(n)]
+        elements = torch.cat(masks)
+        for target, source in zip(new.averages[0], self.current(), strict=True):
+            target.copy_(source[elements])
+        new.updates, new.settled = self.updates, self.settled
+        return new
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all of it."""

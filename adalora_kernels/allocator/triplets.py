@@ -65,8 +65,8 @@ def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]
 
     Args:
         model: any module.
-        adapter: with PEFT's names, the adapter to take, matched exactly; None takes those that train, or all where none
-            does.
+        adapter: with PEFT's names, the adapter to take, matched exactly; None takes those that train or have no rank
+            left, or all where none trains.
     """
     slots: dict[str, Slot] = {
         f"{path}.{key}" if path else key: (module._parameters, key)
@@ -91,8 +91,11 @@ def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]
         if id(triplet.lora_E) not in seen:  # a tied layer counts once
             seen.add(id(triplet.lora_E))
             found.append(triplet)
-    trained = [t for t in found if any(p.requires_grad for p in t.parameters)]
-    return trained if adapter is None and trained else found
+    trained = {t.name for t in found if any(p.requires_grad for p in t.parameters)}
+    if adapter is not None or not trained:
+        return found
+    # A layer that has lost all its rank doesn't train, but it still counts among those that do.
+    return [t for t in found if t.name in trained or not t.lora_E.numel()]
 
 
 def layout_of(triplets: list[Triplet]) -> TripletLayout:

@@ -33,7 +33,7 @@ _hook: RemovableHandle | None = None
 
 
 def watch(owner: object, slot: Slot, what: str, remedy: str) -> None:
-    """Warn if an optimizer makes ``PATIENCE`` steps on the parameter at ``slot`` before ``unwatch(owner)``.
+    """Warn if an optimizer makes ``PATIENCE`` steps on the parameter at ``slot`` before ``called(slot)``.
 
     Args:
         owner: what is watched; not kept alive.
@@ -48,9 +48,17 @@ def watch(owner: object, slot: Slot, what: str, remedy: str) -> None:
 
 
 def unwatch(owner: object) -> None:
-    """The allocator of ``owner`` was called, or it is no longer needed."""
+    """``owner`` needs no allocator any more."""
+    _watched.pop(owner, None)
+    _stop_if_idle()
+
+
+def called(slot: Slot) -> None:
+    """Some allocator was called for the parameter at ``slot``."""
     if _watched:
-        _watched.pop(owner, None)
+        for owner, entry in list(_watched.items()):
+            if entry.slot[0] is slot[0]:
+                del _watched[owner]
         _stop_if_idle()
 
 
@@ -78,4 +86,4 @@ def _count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     _stop_if_idle()
 
 
-__all__ = ["PATIENCE", "unwatch", "watch"]
+__all__ = ["PATIENCE", "called", "unwatch", "watch"]

@@ -45,16 +45,8 @@ def path_key(path: str, adapter: str) -> str:
     return f"{path}.lora_E.{adapter}"
 
 
-def spread(live: Sequence[bool], kept: Sequence[bool] | None) -> list[bool]:
-    """The live rows of a layer among those that it had at first; ``kept`` says which of these were loaded."""
-    if kept is None:
-        return list(live)
-    rows = iter(live)
-    return [bool(k and next(rows)) for k in kept]
-
-
 def gather(pattern: Sequence[bool], kept: Sequence[bool] | None) -> list[bool]:
-    """The inverse of ``spread``: which of the rows that the layer has now live."""
+    """The inverse of ``allocator.compact.spread``: which of the rows that the layer has now live."""
     return list(pattern) if kept is None else [p for p, k in zip(pattern, kept, strict=True) if k]
 
 
@@ -90,4 +82,4 @@ def _parameter_names(allocator: RankAllocator) -> list[str]:
     return [name for triplet in allocator.triplets for name in triplet.parameter_names]
 
 
-__all__ = ["Pattern", "adopt_averages", "by_layer", "gather", "path_key", "return_averages", "spread"]
+__all__ = ["Pattern", "adopt_averages", "by_layer", "gather", "path_key", "return_averages"]

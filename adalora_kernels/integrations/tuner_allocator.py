@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from peft.tuners.adalora.config import AdaLoraConfig
 from torch import Tensor
+from torch.optim import Optimizer
 
 from adalora_kernels.allocator import RankAllocator, Turn
+from adalora_kernels.allocator.compact import Rows, spread
 from adalora_kernels.allocator.watch import unwatch
-from adalora_kernels.integrations.rank_pattern import adopt_averages, by_layer, gather, path_key, spread
+from adalora_kernels.integrations.rank_pattern import adopt_averages, by_layer, gather, path_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,13 +89,10 @@ class TunerAllocator(RankAllocator):
     def finish(self, turn: Turn, finite: Tensor | None) -> Tensor | None:
         """As ``RankAllocator``'s; where it ranked, the pattern goes to the config, which waits for the device."""
         threshold = super().finish(turn, finite)
-        unwatch(self.tuner)
         state = self.tuner.fused_state
         state.term_due = True
         if threshold is not None:
-            kept = state.kept.get(self.name, {})
-            rows = zip(self.triplets, self.importance.pattern(), strict=True)
-            self.config.rank_pattern = {path_key(t.name, self.name): spread(row, kept.get(t.name)) for t, row in rows}
+            self._write_pattern()
         if self.config.orth_reg_weight > 0 and state.term_missed and not state.term_used:
             state.term_used = True
             warnings.warn(
@@ -102,6 +101,19 @@ class TunerAllocator(RankAllocator):
                 stacklevel=2,
             )
         return threshold
+
+    def _write_pattern(self) -> None:
+        kept = self.tuner.fused_state.kept.get(self.name, {})
+        rows = zip(self.triplets, self.importance.pattern(), strict=True)
+        self.config.rank_pattern = {path_key(t.name, self.name): spread(row, kept.get(t.name)) for t, row in rows}
+
+    def _shrink(self, rows: Rows, optimizer: Optimizer | None) -> None:
+        super()._shrink(rows, optimizer)
+        # Checkpoints keep PEFT's format, whose pattern has as many entries as there were rows at first.
+        kept = self.tuner.fused_state.kept.setdefault(self.name, {})
+        for t, row in zip(self.triplets, rows, strict=True):
+            kept[t.name] = spread(row, kept.get(t.name))
+        self._write_pattern()
 
 
 __all__ = ["TunerAllocator"]
