@@ -89,8 +89,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, base: None, adapter:
     if u.numel() == 0:
         return F.linear(x_compute, w_compute, None if bias is None else bias.to(compute_dtype)), u
     y = torch.empty((M, N), dtype=compute_dtype, device=x.device)
-    width = tiles.width_of(compute_dtype)
-    tile = configurations.pipelined(configurations.lookup("low_rank", tiles.device_family(x.device), width, R), lora_B)
+    tile = configurations.choose("low_rank", tiles.width_of(compute_dtype), R, u, lora_B)
     launch(
         _svd_linear_low_rank_kernel,
         (triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n)),

@@ -17,6 +17,7 @@ from functools import cache, lru_cache
 
 from torch import Tensor
 
+from adalora_kernels.backends.triton import tiles
 from adalora_kernels.backends.triton.tiles import MAX_RANK, Configuration, Family, Tile, Width
 
 # kernel, width -> largest rank -> tile. A dimension that the kernel does not block is 0.
@@ -41,18 +42,40 @@ _TABLES: dict[Family, _Table] = {
         ("gemm", Width.SINGLE): {128: Tile(32, 64, 16, 8, 4)},
         ("shrink", Width.HALF): {128: Tile(64, 0, 64, 8, 3)},
     },
-    Family.HOPPER: _WITH_DESCRIPTORS | {("gemm", Width.SINGLE): {128: Tile(64, 32, 16, 8, 3)}},
+    Family.HOPPER: _WITH_DESCRIPTORS | {("gemm", Width.SINGLE): {128: Tile(32, 64, 16, 8, 3)}},
     Family.BLACKWELL: _WITH_DESCRIPTORS | {("gemm", Width.SINGLE): {128: Tile(32, 64, 16, 8, 4)}},
 }
 
 
-def lookup(kernel: str, family: Family, width: Width, r: int, m: int = 0, n: int = 0, programs: int = 1) -> Tile:
-    """The tile for a kernel: of those that hold the rank, the one that covers [m, n] in the shortest calculated time.
+def choose(kernel: str, width: Width, r: int, *operands: Tensor, m: int = 0, n: int = 0, programs: int = 1) -> Tile:
+    """The tile for one launch: as measured on such a device, else as in ``lookup``.
+
+    Args:
+        kernel: "gemm", "shrink" or "low_rank".
+        width: of what its main loop loads.
+        r: the rank.
+        operands: what it loads, on the device in question.
+        m, n, programs: as in ``lookup``.
 
     Raises:
         ValueError: the rank exceeds ``MAX_RANK``.
     """
-    return _fastest(_candidates(kernel, family, width, r), m, n, programs)
+    device = operands[0].device
+    tile = tiles.measured_tile(kernel, tiles.capability_of(device), width, r)
+    tile = tile or lookup(kernel, tiles.device_family(device), width, r, m, n, programs)
+    # The table's pipelines hold elements of up to 32 bits.
+    return replace(tile, num_stages=1) if any(operand.itemsize > 4 for operand in operands) else tile
+
+
+def lookup(kernel: str, family: Family, width: Width, r: int, m: int = 0, n: int = 0, programs: int = 1) -> Tile:
+    """The table's tile for a kernel: of those that hold the rank, the one that covers [m, n] in the shortest time.
+
+    The time is calculated, for m rounded up to a power of two, so that a choice serves a range of m.
+
+    Raises:
+        ValueError: the rank exceeds ``MAX_RANK``.
+    """
+    return _fastest(_candidates(kernel, family, width, r), 1 << (m - 1).bit_length() if m else 0, n, programs)
 
 
 @cache
@@ -78,11 +101,6 @@ def _clocks(tile: Tile, m: int, n: int, programs: int) -> int:
     return waves * (tile.block_m * tile.block_n + 64 * (tile.block_m + tile.block_n))
 
 
-def pipelined(tile: Tile, *operands: Tensor) -> Tile:
-    """The tile for operands that may be wider than the 32 bits which the table's pipelines hold: those take none."""
-    return replace(tile, num_stages=1) if any(operand.itemsize > 4 for operand in operands) else tile
-
-
 def configurations() -> Iterator[Configuration]:
     """Every entry of the table."""
     for family, table in _TABLES.items():
@@ -91,4 +109,4 @@ def configurations() -> Iterator[Configuration]:
                 yield Configuration(kernel, family, width, max_rank, tile)
 
 
-__all__ = ["configurations", "lookup", "pipelined"]
+__all__ = ["choose", "configurations", "lookup"]

@@ -307,14 +307,14 @@ def multiply(
         source = "beside"
     else:
         source = "ahead"
-    tile = configurations.lookup("gemm", tiles.device_family(x.device), width, R, M, N, programs(x.device))
-    tile = configurations.pipelined(tile, x, weight, lora_A, lora_B)
+    count = programs(x.device)
+    tile = configurations.choose("gemm", width, R, x, weight, lora_A, lora_B, m=M, n=N, programs=count)
     x_block, y_block = [tile.block_m, tile.block_k], [tile.block_m, tile.block_n]
     w_block = [tile.block_n, tile.block_k] if k_contiguous else [tile.block_k, tile.block_n]
     row_blocks, column_blocks = triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n)
     launch(
         _svd_linear_gemm_kernel,
-        (min(row_blocks * column_blocks, programs(x.device)),),
+        (min(row_blocks * column_blocks, count),),
         TensorDescriptor.from_tensor(x, x_block) if described else x,
         TensorDescriptor.from_tensor(w_rows, w_block) if described else weight,
         bias,

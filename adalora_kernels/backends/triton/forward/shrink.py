@@ -212,8 +212,7 @@ def shrink(x: Tensor, adapter: Adapter, lets_next_begin: bool) -> Tensor:
     width = tiles.operand_width(compute_dtype, x)
     if width is Width.HALF and not describable(x):
         width = Width.MIXED
-    tile = configurations.lookup("shrink", tiles.device_family(x.device), width, R)
-    tile = configurations.pipelined(tile, x, lora_A)
+    tile = configurations.choose("shrink", width, R, x, lora_A)
     row_blocks = triton.cdiv(M, tile.block_m)
     slices, columns_per_slice = slices_of(K, tile.block_k, row_blocks, x.device)
     partial = counters = None
