@@ -85,6 +85,7 @@ def main() -> int:
 def kernels(machine: Machine) -> Iterator[dict[str, Any]]:
     """Every kernel with a tile, by the plan that it is timed in, and each rank that the plan can run."""
     from adalora_kernels.backends.triton import plans
+    from adalora_kernels.backends.triton.launched import launches
     from benchmarks.gpu.layers import Case, layers, problem
 
     seen: set[tuple[str, int]] = set()
@@ -94,20 +95,20 @@ def kernels(machine: Machine) -> Iterator[dict[str, Any]]:
         for direction, table in (("forward", plans.FORWARD), ("backward", plans.BACKWARD)):
             for plan in table.values():
                 for kernel in plan.kernels if plan.obstacle(able) is None else ():
-                    if (kernel, rank) not in seen:
+                    if (kernel, rank) not in seen and launches(kernel, able):
                         seen.add((kernel, rank))
                         yield {"kernel": kernel, "direction": direction, "plan": plan.name, "rank": rank}
 
 
 def tuned(case: dict[str, Any], machine: Machine) -> dict[str, Any]:
     """The fastest tile of one kernel and rank, by steps that change one field."""
-    from adalora_kernels.backends.triton import plans
+    from adalora_kernels.backends.triton.launched import tile
     from benchmarks.gpu.layers import Case, layers, problem
 
     shapes, tokens = (((32, 48),), 24) if machine.dry else (SHAPES, TOKENS)
     problems = [Case(k, n, tokens, case["rank"], "float32") for k, n in shapes]
     sets = {each: layers(each, machine) for each in problems}
-    first = best = plans.tile(case["kernel"], problem(problems[0], sets[problems[0]][0]))
+    first = best = tile(case["kernel"], problem(problems[0], sets[problems[0]][0]))
     want = {each: outputs(case, each, sets[each][0]) for each in problems}
     seconds: dict[Tile, float | None] = {first: timed(case, first, sets, want, machine)}
     improved = True
