@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from adalora_kernels import reference
-    from adalora_kernels.allocator import RankAllocator, compute_orth_regu
+    from adalora_kernels.allocator import AdaLoraAdamW, RankAllocator, compute_orth_regu
     from adalora_kernels.integrations.peft import patch_model, patch_peft, unpatch_model, unpatch_peft
     from adalora_kernels.integrations.trainer import AdaLoraCallback
     from adalora_kernels.nn import SVDLinear
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adalora_kernels.ops.svd_linear import svd_linear
 
 _HOME = {
+    "AdaLoraAdamW": "adalora_kernels.allocator",
     "AdaLoraCallback": "adalora_kernels.integrations.trainer",
     "RankAllocator": "adalora_kernels.allocator",
     "SVDLinear": "adalora_kernels.nn",
@@ -48,6 +49,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "AdaLoraAdamW",
     "AdaLoraCallback",
     "RankAllocator",
     "SVDLinear",

@@ -23,6 +23,7 @@ SHAPES = ((768, 768), (768, 3072))
 TOKENS = (1024, 4096)
 RANK = 12
 FLOOR_MARGIN = 0.08
+ENGINE = "ours, AdaLoraAdamW"  # the way of it that is held to the bound
 ENGINE_MUST = 10.0
 
 
@@ -55,8 +56,8 @@ def misses(records: list[dict[str, Any]]) -> list[str]:
                 found.append(f"layer {case}: {ratios['ours']:.3f} exceeds floor + {FLOOR_MARGIN} = {bound:.3f}")
             if ratios["ours"] > ratios["peft"]:
                 found.append(f"layer {case}: {ratios['ours']:.3f} is slower than PEFT's {ratios['peft']:.3f}")
-        if "peft_over_ours" in record and record["peft_over_ours"]["all"] < ENGINE_MUST:
-            found.append(f"budget engine {case}: {record['peft_over_ours']['all']:.1f} x is below {ENGINE_MUST} x")
+        if "peft_over_ours" in record and (times := record["peft_over_ours"][ENGINE]) < ENGINE_MUST:
+            found.append(f"budget engine {case}: {times:.1f} x is below {ENGINE_MUST} x")
     return found
 
 
@@ -70,11 +71,11 @@ def show(record: dict[str, Any]) -> str:
             f"ours {ratios['ours']:.3f}, PEFT {ratios['peft']:.3f}, addmm_ {ratios['addmm_']:.3f} of frozen "
             f"(floor {record['flop_floor']:.3f})"
         )
-    ms, times = record["milliseconds"], record["peft_over_ours"]
+    added, times = record["added_milliseconds"], record["peft_over_ours"]
     return (
-        f"budget engine, {case['matrices']} matrices, R={case['R']}, {case['threads']} thr: "
-        f"PEFT {ms['peft all']['median']:.1f} ms, ours {ms['ours all']['median']:.2f} ms, {times['all']:.1f} x "
-        f"(orthogonality {times['orthogonality']:.1f}, importance + masking {times['importance + masking']:.1f})"
+        f"budget engine, {case['matrices']} matrices, R={case['R']}, {case['threads']} thr: beside AdamW's "
+        f"{record['milliseconds']['AdamW alone']['median']:.1f} ms PEFT adds {added['PEFT']:.1f} ms, "
+        + ", ".join(f"{name} {added[name]:.2f} ({times[name]:.1f} x)" for name in times)
     )
 
 

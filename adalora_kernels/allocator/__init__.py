@@ -1,5 +1,6 @@
 """Policy: how large the rank budget is at each step, and what happens to importance and masks then."""
 
+from adalora_kernels.allocator.adamw import AdaLoraAdamW
 from adalora_kernels.allocator.allocator import RankAllocator
 from adalora_kernels.allocator.attach import Attachment
 from adalora_kernels.allocator.engine import BudgetEngine, Turn
@@ -8,6 +9,7 @@ from adalora_kernels.allocator.schedule import BudgetSchedule, StepPlan
 from adalora_kernels.allocator.triplets import Triplet, find_triplets
 
 __all__ = [
+    "AdaLoraAdamW",
     "Attachment",
     "BudgetEngine",
     "BudgetSchedule",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from adalora_kernels.allocator.allocator import RankAllocator, Turn
+from adalora_kernels.allocator.allocator import RankAllocator
+from adalora_kernels.allocator.engine import Turn
 from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.ops.adamw import Importance, adamw_update, total_norm
 
@@ -28,10 +29,9 @@ class AdaLoraAdamW(torch.optim.AdamW):
     Args:
         params: as for ``torch.optim.AdamW``; adapters that it does not hold are left alone.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``, each also per group.
-        allocator: scores and masks; a step of the schedule is made at each ``step()``.
+        allocator: scores and masks, in the timing of its variant; each ``step()`` makes a step of its schedule.
         max_grad_norm: clip the norm of all gradients of this optimizer to this, as ``clip_grad_norm_`` does, but
             without writing the clipped gradients; None clips nothing.
-        pre_step: importance of θ before its update (the paper's timing) rather than after (the published codes').
         backend: of the sweep: "reference", "native", or None for the best that can run.
 
     Raises:
@@ -52,7 +52,6 @@ class AdaLoraAdamW(torch.optim.AdamW):
         *,
         allocator: RankAllocator,
         max_grad_norm: float | None = None,
-        pre_step: bool = False,
         backend: str | Backend | None = None,
         **options: Any,
     ) -> None:
@@ -67,11 +66,9 @@ class AdaLoraAdamW(torch.optim.AdamW):
                     raise ValueError(f"{option}: expected False, got True; AdaLoraAdamW doesn't have it")
         self.allocator = allocator
         self.max_grad_norm = max_grad_norm
-        self.pre_step = pre_step
         self.backend = parse(backend)
         averages = allocator.importance.averages
         select("adamw", averages.device.type, averages.dtype, 0, self.backend)
-        self.steps_made = allocator.global_step + 1 if allocator.importance.updates else 0
         self._adapters: list[nn.Parameter] = []
         self._adopt({})
 
@@ -106,12 +103,12 @@ class AdaLoraAdamW(torch.optim.AdamW):
         return params
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Clip, step, score and mask.
 
-        A step whose gradients overflowed under a GradScaler changes nothing and isn't counted. Without a scaler a
-        gradient that is not finite goes into the parameters, as with ``torch.optim.AdamW``, but leaves averages and
-        masks alone.
+        A step whose gradients overflowed under a GradScaler leaves parameters, averages and masks alone, and counts.
+        Without a scaler a gradient that is not finite goes into the parameters, as with ``torch.optim.AdamW``, but
+        leaves averages and masks alone.
 
         Raises:
             ValueError: no adapter has a gradient, one was frozen, or the allocator's ``total_step`` is not set. Nothing
@@ -121,11 +118,13 @@ class AdaLoraAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        allocator, params = self.allocator, self._current()
+        turn = allocator.begin(allocator.next_step, params)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
+            skipped = torch.zeros(1, dtype=torch.bool, device=self._moments.device)
+            allocator.note(turn.step, (turn.plan.budget, allocator.finish(turn, skipped)))
             return loss
-        params = self._current()
-        turn = self.allocator.begin(self.steps_made, params)
         grads = [p.grad if held else None for p, held in zip(params, self._held, strict=True)]
         others = [[p for p in some if p.grad is not None] for some in self._others]
         if turn.plan.update and not any(g is not None for g in grads):
@@ -135,8 +134,7 @@ class AdaLoraAdamW(torch.optim.AdamW):
         for group, some in zip(self.param_groups, others, strict=True):
             if some:
                 self._step_others(group, some, scale)
-        self.allocator.finish(turn, finite)
-        self.steps_made += 1
+        allocator.note(turn.step, (turn.plan.budget, allocator.finish(turn, finite)))
         return loss
 
     def _gradient_scale(self, grads: list[Any]) -> Tensor:
@@ -156,7 +154,7 @@ class AdaLoraAdamW(torch.optim.AdamW):
         state, importance = self.allocator.importance, None
         if turn.plan.update:
             betas = self.allocator.beta1, self.allocator.beta2
-            importance = Importance(state.averages, state.half, state.scores, *betas, self.pre_step)
+            importance = Importance(state.averages, state.half, state.scores, *betas, self.allocator.pre_step)
         finite = adamw_update(
             state.layout,
             turn.params,
@@ -174,7 +172,7 @@ class AdaLoraAdamW(torch.optim.AdamW):
     def _step_others(self, group: dict[str, Any], params: list[nn.Parameter], scale: Tensor) -> None:
         """torch's own step of what is no adapter."""
         lists: list[list[Tensor]] = [[], [], [], [], [], []]
-        has_complex = self._init_group({**group, "params": params}, *lists)  # type: ignore[no-untyped-call]
+        has_complex = self._init_group({**group, "params": params}, *lists)
         with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
         if self.max_grad_norm is not None or getattr(self, "grad_scale", None) is not None:
             grads = [g * scale.to(g.dtype) for g in grads]
@@ -212,11 +210,6 @@ class AdaLoraAdamW(torch.optim.AdamW):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         saved = state_dict["state"]
         self._adopt({p: saved[i] for i, p in zip(ids, params, strict=True) if i in saved})
-        self.steps_made = state_dict.get("steps_made", self.steps_made)
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's, and how many steps of the schedule were made."""
-        return {**super().state_dict(), "steps_made": self.steps_made}
 
 
 __all__ = ["AdaLoraAdamW"]

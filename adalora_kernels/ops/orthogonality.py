@@ -111,13 +111,15 @@ class _Term:
                 if m.requires_grad:
                     m.grad = grad
             return
-        targets = []
-        for m, grad in zip(matrices, grads, strict=True):
-            if grad is None or not grad.is_contiguous():
-                grad = torch.zeros_like(m, memory_format=torch.contiguous_format) if grad is None else grad.contiguous()
-                if m.requires_grad:
-                    m.grad = grad
-            targets.append(grad)
+        targets: list[Tensor] = []
+        for m, there in zip(matrices, grads, strict=True):
+            if there is not None and there.is_contiguous():
+                targets.append(there)
+                continue
+            target = torch.empty_like(m, memory_format=torch.contiguous_format)
+            targets.append(target.zero_() if there is None else target.copy_(there))
+            if m.requires_grad:
+                m.grad = target
         self.module.orthogonality_gradients(self.lora_A, self.lora_B, slopes, scale, targets, True)
 
 
