@@ -1,9 +1,10 @@
 """y = x Wᵀ + b + (u ⊙ λ) Bᵀ in one pass over x, u = drop(x) Aᵀ made once for each row block (plan ``published``).
 
-In the persistent product of ``gemm`` only the first tile of a row block computes u, in a second narrow product beside
-its own, writes it out for the backward, and raises a flag; the later tiles of the row block wait for the flag and use u
-in their tail. Beyond the frozen product that costs Rpad/N + Rpad/K of its FLOPs, and of memory traffic A and B once for
-each row of tiles and the store of u (M Rpad elements). No launch, no pass over x and no memset beside the product's.
+In the persistent product of ``gemm`` only the first tile of a row block computes u, writes it out for the backward and
+raises a flag; the later tiles of the row block wait for the flag and use u in their tail. Beside the first tile's own
+product that costs Rpad/N + Rpad/K of the frozen product's FLOPs; made ahead of it (dropout, fp32 adapters, ranks past
+32), another read of the rows of x, from L2, by one tile of each row. Beyond the frozen product's own traffic: A and B
+once for each row of tiles, and the store of u (M Rpad elements). No further launch, and no memset.
 """
 
 from __future__ import annotations
