@@ -32,7 +32,8 @@ def tile(kernel: str, p: Problem) -> Tile:
     """The tile of a kernel that is launched: as measured on such a device, else the table's."""
     operands = [dtype for dtype in _operands(kernel, p) if dtype is not None]
     width = tiles.width_of(p.compute_dtype, *operands)
-    narrow_rows = (kernel == "gemm" and not p.aligned) or (kernel == "shrink" and p.in_features % 8 > 0)
+    multiplies = kernel in ("gemm", "one_gemm", "dx")
+    narrow_rows = (multiplies and not p.aligned) or (kernel == "shrink" and p.in_features % 8 > 0)
     if width is Width.HALF and narrow_rows:
         width = Width.MIXED
     found = tiles.measured_tile(kernel, p.capability, width, p.rank) or _of_table(kernel, p, width)

@@ -1,7 +1,7 @@
 """Every configuration of ``backward.configurations``, compiled ahead of time for each device family: no GPU is needed.
 
-The widest case is taken: the largest rank of each entry, fp32 adapters, mask, slabs of several row blocks; dropout and
-pointers where the entry is for them. Held: no spills, no stack, shared memory within the family's limit, matrix
+The widest case is taken: the largest rank of each entry, fp32 adapters, mask, slabs of several row blocks, and dropout
+where no other entry is for it. Held: no spills, no stack, shared memory within the family's limit, matrix
 instructions of the family's own kind for 16-bit products.
 """
 
@@ -29,7 +29,6 @@ from tests.backends.triton.compiling import (  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set in this process")
 
-N, K = 4096, 4096  # multiples of 16, as at run time: the wide loads are what is to fit
 MANY, FEW = 1 << 18, 1 << 10  # tokens; with few, a slab is one row block
 KERNELS = {"one_gemm": "gemm", "one_gemm_slim": "gemm", "dx": "gemm", "dx_slim": "gemm", "g": "t", "sum_v": "sum_v"}
 
@@ -39,15 +38,16 @@ def launch_of(
     monkeypatch: pytest.MonkeyPatch,
     tokens: int = MANY,
     adapter_dtype: torch.dtype = torch.float32,
+    features: int = 4096,
 ) -> Launch:
     """What the plans launch of a configuration's kernel at its largest rank; meta tensors stand for the data."""
     monkeypatch.setattr(tiles, "device_family", lambda device: configuration.family)
     name, rank, width = configuration.kernel, configuration.max_rank, configuration.width
     compute = torch.float32 if width is Width.SINGLE else torch.bfloat16
-    operand = torch.bfloat16 if width is Width.HALF else torch.float32
-    # Where there is no entry for them alone, dropout and pointers run with the entry that there is.
-    both = (f"{name}_slim", width) not in {(c.kernel, c.width) for c in of_family(configuration.family)}
-    dropout_p = 0.1 if both else 0.0
+    operand = torch.float32 if width is not Width.HALF and features % 8 == 0 else torch.bfloat16
+    N = K = features
+    slim_elsewhere = (f"{name}_slim", width) in {(c.kernel, c.width) for c in of_family(configuration.family)}
+    dropout_p = 0.0 if slim_elsewhere else 0.1
 
     def empty(*shape: int, dtype: torch.dtype = operand) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -102,6 +102,16 @@ def test_hopper_keeps_products_in_flight(kernel: str, rank: int, monkeypatch: py
     found = resources_of(compile_launch(launch, Family.HOPPER))
     assert_within_limits(found, Family.HOPPER)
     assert products_in_flight(found) >= 1
+
+
+@pytest.mark.parametrize("kernel", ["one_gemm", "dx"])
+@pytest.mark.parametrize("family", Family)
+def test_rows_that_are_no_whole_16_bytes(family: Family, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads of single elements take the tile of wider operands."""
+    widest = [c for c in of_family(family) if (c.kernel, c.width) == (kernel, Width.MIXED)][-1]
+    launch = launch_of(widest, monkeypatch, features=4093)
+    assert launch.options["BLOCK_M"] == widest.tile.block_m and not launch.options["DESCRIPTORS"]
+    assert_within_limits(resources_of(compile_launch(launch, family)), family)
 
 
 def test_at_most_six_configurations_per_kernel_and_family() -> None:

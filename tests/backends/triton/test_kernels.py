@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 GROUPS = {
     "layer": ("kernel_cases.py", "test_layer"),
     "kernels": ("kernel_cases.py", "not test_layer"),
+    "backward_plans": ("backward_plan_cases.py", ""),
     "op": ("op_cases.py", ""),
     "forward_plans": ("forward_plan_cases.py", ""),
 }

@@ -1,7 +1,7 @@
 """The tiles of the backward's kernels that aren't in ``tiles``: a static table, as there.
 
-* ``one_gemm``, ``dx``: the product of ``gemm``, with and without producers. Their dropout, and their pointers where
-  descriptors can't be had, take more registers and so a tile of their own, under the name with ``_slim``.
+* ``one_gemm``, ``dx``: the product of ``gemm``, with and without producers. Dropout takes more registers: its entry,
+  where it has one, is under the name with ``_slim``.
 * ``g``: the pass over g for v and T at once.
 
 Every entry compiles without spills, within its family's shared memory and, for 16-bit products, to that family's own
@@ -32,9 +32,9 @@ _TABLES: dict[Family, _Table] = {
     Family.AMPERE: _SINGLE
     | {
         ("one_gemm", Width.HALF): {16: Tile(64, 32, 64, 8, 3), 64: Tile(64, 32, 32, 8, 3)},
-        ("one_gemm", Width.MIXED): {16: Tile(64, 32, 64, 8, 2), 64: Tile(32, 32, 32, 8, 2)},
+        ("one_gemm", Width.MIXED): {16: Tile(32, 32, 32, 8, 2), 64: Tile(32, 16, 32, 8, 2)},
         ("dx", Width.HALF): {64: Tile(128, 32, 64, 8, 2), 128: Tile(64, 32, 64, 8, 3)},
-        ("dx", Width.MIXED): {128: Tile(64, 32, 64, 8, 2)},
+        ("dx", Width.MIXED): {64: Tile(64, 32, 64, 8, 2), 128: Tile(64, 32, 32, 8, 2)},
         ("g", Width.HALF): {32: Tile(64, 128, 0, 8, 3)},
         ("g", Width.MIXED): {32: Tile(64, 64, 0, 8, 2)},
     },
@@ -75,7 +75,7 @@ def largest_rank(kernel: str) -> int:
 
 @cache
 def lookup(kernel: str, family: Family, width: Width, r: int, slim: bool = False) -> Tile:
-    """The table's tile for a kernel; ``slim``: with dropout, or without descriptors.
+    """The table's tile for a kernel; ``slim``: with dropout.
 
     Raises:
         ValueError: the rank is above ``largest_rank(kernel)``.
@@ -90,8 +90,10 @@ def lookup(kernel: str, family: Family, width: Width, r: int, slim: bool = False
     raise ValueError(f"lora_A: expected a rank of at most {largest_rank(kernel)} for {kernel}, got {r}")
 
 
-def choose(kernel: str, adapter: Adapter, *operands: Tensor, slim: bool = False) -> Tile:
+def choose(kernel: str, adapter: Adapter, *operands: Tensor, slim: bool = False, wide_loads: bool = True) -> Tile:
     """The tile for one launch of "one_gemm", "dx" or "g" on these operands: measured, or else the table's.
+
+    Without ``wide_loads`` (of 16 bytes) elements pass through registers, as those that are rounded on the way in do.
 
     Raises:
         TypeError: the products are neither fp32, fp16 nor bf16.
@@ -99,6 +101,8 @@ def choose(kernel: str, adapter: Adapter, *operands: Tensor, slim: bool = False)
     """
     device, rank = operands[0].device, adapter.lora_A.shape[0]
     width = tiles.operand_width(adapter.compute_dtype, *operands)
+    if width is Width.HALF and not wide_loads:
+        width = Width.MIXED
     tile = tiles.measured_tile(kernel, tiles.capability_of(device), width, rank)
     tile = tile or lookup(kernel, tiles.device_family(device), width, rank, slim)
     # The table's pipelines hold elements of up to 32 bits.

@@ -278,14 +278,10 @@ def multiply(
     last_dropped, keep_scale = dropout_arguments(dropout_p if seed is not None else 0.0)
     k_contiguous = weight.stride(1) == 1
     w_rows = weight if k_contiguous else weight.t()
-    described = (
-        has_descriptors(x.device)
-        and compute_dtype.itemsize == 2
-        and all(matrix.dtype == compute_dtype and describable(matrix) for matrix in (grad_y, x, w_rows, dx))
-    )
-    tile = configurations.choose(
-        "one_gemm" if make_v else "dx", adapter, grad_y, x, weight, slim=last_dropped >= 0 or not described
-    )
+    aligned = all(matrix.dtype == compute_dtype and describable(matrix) for matrix in (grad_y, x, w_rows, dx))
+    described = aligned and compute_dtype.itemsize == 2 and has_descriptors(x.device)
+    kernel = "one_gemm" if make_v else "dx"
+    tile = configurations.choose(kernel, adapter, grad_y, x, weight, slim=last_dropped >= 0, wide_loads=aligned)
     rank_padded = v.shape[1]
     blocks_m, blocks_k = -(-M // tile.block_m), -(-K // tile.block_k)
     programs = tickets.programs(x.device)
