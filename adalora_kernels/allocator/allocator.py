@@ -254,8 +254,8 @@ class RankAllocator(BudgetEngine):
         Args:
             optimizer: whose moments are to follow (and whose parameters stay the same objects); None takes the attached
                 one. Any other that has moments of the adapters fails at its next step.
-            like: a ``state_dict()`` that was saved after ``compact``. A model that is to continue from there is shrunk
-                to those shapes first, and loads its parameters, the optimizer's state and this state then.
+            like: a ``state_dict()`` that was saved after ``compact``. A run that is to continue from there makes model,
+                allocator and optimizer as the first one did, then calls this, and then loads the three states.
 
         Returns:
             The rank of each layer by its path.
