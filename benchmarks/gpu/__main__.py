@@ -1,8 +1,9 @@
 """``python3 -m benchmarks.gpu``: correctness first, then the core set of timings, then the record of this device.
 
 With ``--part i/n`` the i-th of n shares of the full sweep (begun again, it goes on where it was cut off), with
-``--part questions`` what decides between designs, with ``--part parity`` the small correctness cases alone. ``--dry``
-walks the same code with Triton's interpreter on the CPU. Exits 1 where a check fails or a bound is missed.
+``--part questions`` what decides between designs, with ``--part parity`` the small correctness cases alone (parity:i,
+the i-th of all). ``--dry`` walks the same code with Triton's interpreter on the CPU. Exits 1 where a check fails or a
+bound is missed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +41,9 @@ def main() -> int:
     parser.add_argument("--results", type=Path, help=where)
     options = parser.parse_args()
     share = re.fullmatch(r"(\d+)/(\d+)", options.part)
-    if options.part not in ("core", "parity", "questions") and not (share and 1 <= int(share[1]) <= int(share[2])):
+    one = re.fullmatch(r"parity:(\d+)", options.part)
+    known = options.part in ("core", "parity", "questions") or one is not None
+    if not known and not (share and 1 <= int(share[1]) <= int(share[2])):
         parser.error(f"--part: expected core, parity, questions or i/n with 1 <= i <= n, got {options.part!r}")
     if options.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
@@ -58,8 +62,8 @@ def main() -> int:
         machine = Machine("cuda", ROUNDS, options.results or ROOT / "benchmarks" / "results")
     deadline = time.monotonic() + options.seconds
     print(", ".join(f"{key} {value}" for key, value in machine.environment().items()))
-    if options.part == "parity":
-        return parity(machine)
+    if options.part == "parity" or one:
+        return parity(machine, int(one[1]) if one else None)
     if options.part == "questions":
         return questions(machine, deadline)
     return sweep(machine, int(share[1]), int(share[2]), deadline) if share else core(machine, deadline)
@@ -67,7 +71,7 @@ def main() -> int:
 
 def core(machine: Machine, deadline: float) -> int:
     """Checks, the core set, the host's time; then the record and the bounds."""
-    from benchmarks.gpu import checks, host, records
+    from benchmarks.gpu import checks, children, host, records
     from benchmarks.gpu.layers import Case
     from benchmarks.gpu.questions import ceilings
     from benchmarks.gpu.rows import RANK, Row, rows
@@ -75,7 +79,8 @@ def core(machine: Machine, deadline: float) -> int:
 
     print(extension())
     content: dict[str, Any] = {"environment": machine.environment(), "records": [], "left_out": []}
-    seen = list(announced(checks.everything(machine)))
+    sanitizer = children.under_the_sanitizer(machine, "memcheck", timeout=120)
+    seen = list(announced(chain(children.parity(machine), checks.public_call(machine), sanitizer)))
     content["checks"] = [check.record() for check in seen if check.outcome != "holds"]
     content["checks_held"] = sum(check.outcome == "holds" for check in seen)
     failed = [check for check in seen if check.outcome == "FAILED"]
@@ -106,11 +111,15 @@ def core(machine: Machine, deadline: float) -> int:
     return 0 if all(row.holds for row in found) and not content["left_out"] else 1
 
 
-def parity(machine: Machine) -> int:
-    """The small correctness cases."""
-    from benchmarks.gpu import checks
+def parity(machine: Machine, index: int | None) -> int:
+    """The small correctness cases; or one of all, which is written down."""
+    from benchmarks.gpu import checks, records
 
-    seen = list(announced(checks.parity(checks.SMALL[:2] if machine.dry else checks.SMALL, machine)))
+    small = checks.SMALL[:2] if machine.dry else checks.SMALL
+    cases = small if index is None else checks.shapes(machine)[index : index + 1]
+    seen = list(announced(checks.parity(cases, machine)))
+    if index is not None:
+        records.write(machine.results / f"parity-{index}.json", {"checks": [check.record() for check in seen]})
     print(f"{len(seen)} checks")
     return 0 if seen and all(check.outcome == "holds" for check in seen) else 1
 
