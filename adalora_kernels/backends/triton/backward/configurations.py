@@ -58,7 +58,7 @@ _TABLES: dict[Family, _Table] = {
         },
         ("one_gemm_slim", Width.HALF): {64: Tile(128, 64, 64, 8, 3)},
         ("one_gemm", Width.MIXED): {64: Tile(64, 64, 64, 8, 2)},
-        ("dx", Width.HALF): {64: Tile(128, 64, 256, 8, 2), 128: Tile(128, 64, 128, 8, 3)},
+        ("dx", Width.HALF): {64: Tile(128, 64, 256, 8, 2), 128: Tile(128, 128, 128, 8, 2)},
         ("dx_slim", Width.HALF): {128: Tile(128, 64, 64, 8, 3)},
         ("dx", Width.MIXED): {128: Tile(64, 64, 64, 8, 2)},
         ("g", Width.HALF): {32: Tile(64, 256, 0, 8, 3)},
