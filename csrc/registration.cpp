@@ -10,6 +10,10 @@ STABLE_TORCH_LIBRARY(adalora_native, m) {
       "importance_update(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor[] params, "
       "Tensor[] grads, float beta1, float beta2) -> Tensor");
   m.def(
+      "importance_layer(Tensor(a!) state, Tensor half, Tensor(b!) scores, Tensor(c!) finite, Tensor shapes, int layer, "
+      "Tensor[] params, Tensor(d!)[] grads, Tensor? slopes, int slopes_A, int slopes_B, float scale, float beta1, "
+      "float beta2) -> ()");
+  m.def(
       "adamw_update(Tensor shapes, Tensor(a!)[] params, Tensor[] grads, Tensor(b!) moments, Tensor(c!) steps, "
       "Tensor groups, Tensor settings, Tensor grad_scale, Tensor(d!)? state, Tensor(e!)? half, Tensor(f!)? scores, "
       "float beta1, float beta2, bool pre_step) -> Tensor");
@@ -35,6 +39,7 @@ STABLE_TORCH_LIBRARY_IMPL(adalora_native, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(adalora_native, CPU, m) {
   m.impl("importance_update", TORCH_BOX(&adalora::cpu::importance_update));
+  m.impl("importance_layer", TORCH_BOX(&adalora::cpu::importance_layer));
   m.impl("adamw_update", TORCH_BOX(&adalora::cpu::adamw_update));
   m.impl("total_norm", TORCH_BOX(&adalora::cpu::total_norm));
   m.impl("mask_to_budget", TORCH_BOX(&adalora::cpu::mask_to_budget));

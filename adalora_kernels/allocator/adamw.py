@@ -152,7 +152,10 @@ class AdaLoraAdamW(torch.optim.AdamW):
         rows = [[g["lr"], g["weight_decay"], *g["betas"], g["eps"]] for g in self.param_groups]
         settings = torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64)
         state, importance = self.allocator.importance, None
-        if turn.plan.update:
+        # What the sweep clips or unscales, the backward has not seen so.
+        final = self.max_grad_norm is None and getattr(self, "grad_scale", None) is None
+        taken = self.allocator.fused_update(turn, final)
+        if turn.plan.update and taken is None:
             betas = self.allocator.beta1, self.allocator.beta2
             importance = Importance(state.averages, state.half, state.scores, *betas, self.allocator.pre_step)
         finite = adamw_update(
@@ -167,7 +170,7 @@ class AdaLoraAdamW(torch.optim.AdamW):
             importance,
             backend=self.backend,
         )
-        return None if importance is None else finite
+        return taken if importance is None else finite
 
     def _step_others(self, group: dict[str, Any], params: list[nn.Parameter], scale: Tensor) -> None:
         """torch's own step of what is no adapter."""

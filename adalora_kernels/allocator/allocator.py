@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from adalora_kernels.allocator.attach import Attachment, innermost
 from adalora_kernels.allocator.compact import Rows, check_carriable, refuse_wrapped, shrink, spread
 from adalora_kernels.allocator.engine import BudgetEngine, Turn
+from adalora_kernels.allocator.fused import FusedImportance
 from adalora_kernels.allocator.state import check_keys
 from adalora_kernels.allocator.watch import called, watch
-from adalora_kernels.backends.select import Backend
+from adalora_kernels.backends.select import Backend, select
 
 
 class RankAllocator(BudgetEngine):
@@ -195,6 +196,30 @@ class RankAllocator(BudgetEngine):
             self.expect(step)
             self.note(step, self.update_and_mask(model, step))
 
+    def fuse_backward(self, enabled: bool = True) -> None:
+        """Variant "paper": let each layer's backward take its gradients into the averages, while they are in the cache.
+
+        Where a gradient is not final when its layer's backward ends (clipping, a reduction, a loss scale, a hook, a
+        module that runs twice), the launch before the optimizer's step does the whole model over, with equal results;
+        ``explain(allocator)`` says which it was. An orthogonality term joins in with ``accumulate=True``.
+
+        Raises:
+            ValueError: another variant, whose importance reads the parameters after the step.
+        """
+        if not self.pre_step:
+            raise ValueError(f"variant: expected 'paper', which alone scores before the step, got {self.variant!r}")
+        if self.fused is not None:
+            self.fused.stop()
+        self.fused = FusedImportance(self) if enabled else None
+
+    def explain_importance(self) -> tuple[str, str, str]:
+        """Backend, plan and reason of the importance update, for ``explain``."""
+        chosen = select("importance", self.importance.live.device.type, self.importance.averages.dtype, 0, self.backend)
+        if self.fused is None:
+            when = "before" if self.pre_step else "after"
+            return chosen.backend.value, chosen.plan, f"{chosen.reason}; launched {when} the optimizer's step"
+        return chosen.backend.value, chosen.plan, f"{chosen.reason}; last step: {self.fused.outcome}"
+
     def expect(self, step: int) -> None:
         """The optimizer step that is about to be made is ``step``, by the caller's own count from 0."""
         self.next_step, self._handled = step, None
@@ -343,7 +368,7 @@ class RankAllocator(BudgetEngine):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is attached to nothing, and no step of it is under way."""
-        return {**self.__dict__, "_attachment": None, "_measured": None, "_handled": None}
+        return {**self.__dict__, "_attachment": None, "_measured": None, "_handled": None, "fused": None}
 
 
 __all__ = ["RankAllocator"]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adalora_kernels.allocator.fused import FusedImportance
 from adalora_kernels.allocator.schedule import VARIANTS, BudgetSchedule, StepPlan
 from adalora_kernels.allocator.state import ImportanceState
 from adalora_kernels.allocator.tensorboard import write_scalars
@@ -91,6 +92,7 @@ class BudgetEngine:
             select(op, self.importance.live.device.type, self.importance.averages.dtype, 0, self.backend)
         self.global_step = self.next_step = 0
         self.captured = False
+        self.fused: FusedImportance | None = None
 
     @property
     def pre_step(self) -> bool:
@@ -175,8 +177,9 @@ class BudgetEngine:
             bool [1]: whether it was taken, all being finite; None where this step takes none or no parameter has a
             gradient.
         """
-        if not turn.plan.update:
-            return None
+        taken = self.fused_update(turn, gradients_final=found_inf is None)
+        if taken is not None or not turn.plan.update:
+            return taken
         grads = [p.grad for p in turn.params]
         if not any(grad is not None for grad in grads):
             return None
@@ -200,6 +203,20 @@ class BudgetEngine:
         for now, then in zip((state.half, state.scores), before, strict=True):
             now.copy_(torch.where(taken, now, then))
         return finite & taken
+
+    def fused_update(self, turn: Turn, gradients_final: bool) -> Tensor | None:
+        """What the backward has done of ``update``, as that returns it; None where it is still to be done.
+
+        Args:
+            turn: of ``begin``.
+            gradients_final: False where the optimizer clips or unscales the gradients without writing them.
+        """
+        if self.fused is None:
+            return None
+        if not turn.plan.update or not gradients_final:
+            self.fused.reset("the optimizer clips or unscales the gradients" if turn.plan.update else "")
+            return None
+        return self.fused.collect(turn.params)
 
     def finish(self, turn: Turn, finite: Tensor | None) -> Tensor | None:
         """Mask as the plan says, and log. The parameters have been updated.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adalora_kernels.backends.native_layer import svd_linear_backward, svd_linear_forward
 from adalora_kernels.reference.adamw import Importance
-from adalora_kernels.reference.importance import TripletLayout
+from adalora_kernels.reference.importance import OrthogonalityShare, TripletLayout
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
@@ -80,6 +80,27 @@ def importance_update(
         _refuse_parameters(layout, params, grads, state.device)
         raise
     return finite
+
+
+def importance_layer(
+    layout: TripletLayout,
+    layer: int,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    term: OrthogonalityShare | None,
+    state: Tensor,
+    half: Tensor,
+    scores: Tensor,
+    finite: Tensor,
+    beta1: float,
+    beta2: float,
+) -> None:
+    """One layer's share of ``importance_update``, bit for bit; see ``reference.importance.importance_layer``."""
+    slopes, offset_A, offset_B, scale = (None, 0, 0, 0.0) if term is None else (*term[:3], term.scale.item())
+    _ops("cpu").importance_layer(
+        state, half, scores, finite, _sizes(layout), layer, params, grads, slopes, offset_A, offset_B, scale,
+        beta1, beta2,
+    )  # fmt: skip
 
 
 def adamw_update(
@@ -262,6 +283,7 @@ def _refuse_values(lora_E: Sequence[Tensor], total_rank: int) -> None:
 __all__ = [
     "adamw_update",
     "dropout",
+    "importance_layer",
     "importance_update",
     "instruction_set",
     "mask_to_budget",

@@ -62,6 +62,8 @@ def explain(target: Any = None, *args: Any, backend: str | Backend | None = None
         return [_line(op, select(op, device, torch.float32, 0, backend)) for op in OPS]
     if isinstance(target, nn.Module):
         return _explain_model(target)
+    if hasattr(target, "explain_importance"):
+        return [Explanation("importance", *target.explain_importance())]
     if isinstance(target, Tensor):
         call = inspect.signature(svd_linear).bind(target, *args, backend=backend, **kwargs)
         call.apply_defaults()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from adalora_kernels.backends.select import Backend, implementation, select
-from adalora_kernels.reference.importance import TripletLayout, triplet_scores
+from adalora_kernels.reference.importance import OrthogonalityShare, TripletLayout, triplet_scores
 
 
 def importance_update(
@@ -36,4 +38,51 @@ def importance_update(
     return result
 
 
-__all__ = ["TripletLayout", "importance_update", "triplet_scores"]
+def importance_layer(
+    layout: TripletLayout,
+    layer: int,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    term: OrthogonalityShare | None,
+    state: Tensor,
+    half: Tensor,
+    scores: Tensor,
+    finite: Tensor,
+    beta1: float,
+    beta2: float,
+    *,
+    backend: str | Backend | None = None,
+) -> None:
+    """One layer's share of ``importance_update``, for its backward; see ``reference.importance.importance_layer``.
+
+    Raises:
+        RuntimeError: the backend asked for can't run.
+    """
+    chosen = select("importance", state.device.type, state.dtype, 0, backend).backend
+    module = implementation("importance", chosen)
+    module.importance_layer(layout, layer, params, grads, term, state, half, scores, finite, beta1, beta2)
+
+
+class Sink(Protocol):
+    """Who takes gradients in the backward that makes them; ``allocator.fused`` has the one there is."""
+
+    def take_layer(self, lora_A: Tensor, dA: Tensor, dE: Tensor, dB: Tensor) -> None:
+        """A layer's backward has finished its adapter's gradients, which autograd gets next. They may be added to."""
+
+    def take_term(self, term: Any, slopes: Tensor, scale: Tensor) -> bool:
+        """The backward of an orthogonality term (``ops.orthogonality.Term``) has come; whether it is seen to."""
+
+
+# By the A of each layer. Empty but where importance is fused into the backward.
+sinks: MutableMapping[Tensor, Sink] = WeakIdKeyDictionary()
+
+
+__all__ = [
+    "OrthogonalityShare",
+    "Sink",
+    "TripletLayout",
+    "importance_layer",
+    "importance_update",
+    "sinks",
+    "triplet_scores",
+]

@@ -8,7 +8,8 @@ own gradients arrive there too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adalora_kernels.backends.select import Backend, implementation, select
+from adalora_kernels.ops.importance import sinks
 
 
 def orthogonality_loss(
@@ -50,7 +52,7 @@ def orthogonality_loss(
         raise ValueError("lora_A, lora_B: expected at least one matrix, got none")
     if weight < 0:
         raise ValueError(f"weight: expected at least 0, got {weight}")
-    term = _Term(list(lora_A), list(lora_B), float(weight), squared, backend)
+    term = Term(list(lora_A), list(lora_B), float(weight), squared, backend)
     if not accumulate:
         return _Orthogonality.apply(term, *lora_A, *lora_B)
     if not can_accumulate((*lora_A, *lora_B)):
@@ -75,7 +77,7 @@ def can_accumulate(matrices: Iterable[Tensor]) -> bool:
     return True
 
 
-class _Term:
+class Term:
     """One regulariser: its matrices and settings, and its launches."""
 
     def __init__(
@@ -91,6 +93,12 @@ class _Term:
         chosen = select("orthogonality", first.device.type, first.dtype, 0, backend).backend
         self.module = implementation("orthogonality", chosen)
 
+    def part(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Term:
+        """The same of some of its layers: with their slopes, their share of the gradients."""
+        some = copy(self)
+        some.lora_A, some.lora_B = list(lora_A), list(lora_B)
+        return some
+
     def value(self) -> tuple[Tensor, Tensor]:
         """The value and the slopes."""
         result: tuple[Tensor, Tensor] = self.module.orthogonality(self.lora_A, self.lora_B, self.weight, self.squared)
@@ -102,6 +110,7 @@ class _Term:
         self.module.orthogonality_gradients(self.lora_A, self.lora_B, slopes, scale, grads, False)
         return grads
 
+    @torch.no_grad()
     def accumulate(self, slopes: Tensor, scale: Tensor) -> None:
         """Add the gradients to ``.grad`` of the matrices that train."""
         matrices = [*self.lora_A, *self.lora_B]
@@ -138,7 +147,7 @@ def _room(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 class _Orthogonality(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, term: _Term, *matrices: Tensor) -> Tensor:
+    def forward(ctx: Any, term: Term, *matrices: Tensor) -> Tensor:
         value, slopes = term.value()
         ctx.term = term
         # The matrices only so that a change of one is noticed: the launch reads them through the term.
@@ -157,7 +166,7 @@ class _AccumulatedOrthogonality(torch.autograd.Function):
     """The gradient's way round autograd. The one matrix that autograd sees makes the value part of the graph."""
 
     @staticmethod
-    def forward(ctx: Any, term: _Term, trained: Tensor) -> Tensor:
+    def forward(ctx: Any, term: Term, trained: Tensor) -> Tensor:
         value, slopes = term.value()
         ctx.term = term
         ctx.save_for_backward(slopes)
@@ -175,16 +184,19 @@ class _AccumulatedOrthogonality(torch.autograd.Function):
                 "backward() ends; leave the term out of that loss, or make it without accumulate=True"
             ) from None
         term, (slopes,) = ctx.term, ctx.saved_tensors
-        engine = torch.autograd.Variable._execution_engine
-
-        def add() -> None:
-            with torch.no_grad():
-                term.accumulate(slopes, grad_value)
-
-        # Queued again when its turn comes: what others queue meanwhile, such as DistributedDataParallel's wait for its
-        # reductions, then comes first.
-        engine.queue_callback(lambda: engine.queue_callback(add))
+        sink = sinks.get(term.lora_A[0]) if sinks and term.lora_A else None
+        if sink is not None and sink.take_term(term, slopes, grad_value):
+            return None, None
+        when_backward_ends(lambda: term.accumulate(slopes, grad_value))
         return None, None
 
 
-__all__ = ["can_accumulate", "orthogonality_loss"]
+def when_backward_ends(function: Callable[[], None]) -> None:
+    """Call ``function`` when the backward that is under way has ended, after what others wait for then."""
+    engine = torch.autograd.Variable._execution_engine
+    # Queued again when its turn comes: what others queue meanwhile, such as DistributedDataParallel's wait for its
+    # reductions, then comes first.
+    engine.queue_callback(lambda: engine.queue_callback(function))
+
+
+__all__ = ["Term", "can_accumulate", "orthogonality_loss", "when_backward_ends"]

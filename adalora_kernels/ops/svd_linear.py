@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from adalora_kernels.backends.select import Backend, Selection, implementation, select
 from adalora_kernels.ops.checks import check_layer
+from adalora_kernels.ops.importance import sinks
 from adalora_kernels.reference.svd_linear import Adapter
 
 _SEED_RANGE = 2**63 - 1
@@ -225,7 +226,19 @@ class _SVDLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, grad_y, _backward)
+        grads = _gradients(ctx, grad_y, _backward)
+        if sinks:
+            _fuse_importance(ctx, grads)
+        return grads
+
+
+def _fuse_importance(ctx: Any, grads: tuple[Tensor | None, ...]) -> None:
+    """Hand the adapter's gradients, still in the cache, to the sink of their layer, where it has one."""
+    lora_A = ctx.saved_tensors[4]
+    sink = sinks.get(lora_A)
+    dA, dE, dB = grads[4:7]
+    if sink is not None and dA is not None and dE is not None and dB is not None:
+        sink.take_layer(lora_A, dA, dE, dB)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,6 +135,70 @@ def importance_update(
     return finite
 
 
+class OrthogonalityShare(NamedTuple):
+    """What the orthogonality term adds to the gradients of one layer; see ``reference.orthogonality``.
+
+    Attributes:
+        slopes: of all matrices.
+        offset_A, offset_B: where this layer's A and B begin in them.
+        scale: the gradient of the term's value, one element.
+    """
+
+    slopes: Tensor
+    offset_A: int
+    offset_B: int
+    scale: Tensor
+
+
+def importance_layer(
+    layout: TripletLayout,
+    layer: int,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    term: OrthogonalityShare | None,
+    state: Tensor,
+    half: Tensor,
+    scores: Tensor,
+    finite: Tensor,
+    beta1: float,
+    beta2: float,
+) -> None:
+    """One layer's share of ``importance_update``, for its backward. Nothing is flipped.
+
+    When all layers have had theirs, the caller flips ``half`` if ``finite`` holds everywhere, and takes ``scores``.
+
+    Args:
+        layout, state, half, beta1, beta2: as in ``importance_update``; ``state[1 - half]`` is written in this layer's
+            range.
+        layer: its number in the layout.
+        params, grads: A, E, B of the layer and their gradients, contiguous. The gradients of A and B are updated in
+            place where there is a ``term``.
+        term: what the orthogonality term adds to them first.
+        scores: [total_rank]; this layer's are written where all is finite.
+        finite: bool [layers]; this layer's is written.
+    """
+    if term is not None:
+        slopes, offset_A, offset_B, scale = term
+        for matrix, grad, offset, is_A in (
+            (params[0], grads[0], offset_A, True),
+            (params[2], grads[2], offset_B, False),
+        ):
+            rows = (matrix if is_A else matrix.t()).detach().to(slopes.dtype)
+            slope = slopes[offset : offset + rows.shape[0] ** 2].view(rows.shape[0], rows.shape[0])
+            share = (scale.to(slopes.dtype) * slope) @ rows
+            grad.copy_(grad.to(slopes.dtype) + (share if is_A else share.t()))
+    (r, k, n), first = layout.shapes[layer], layout.offsets[3 * layer]
+    own, size = TripletLayout(((r, k, n),)), r * (k + 1 + n)
+    pair = state[:, :, first : first + size].clone()
+    own_half, own_scores = half.clone(), scores.new_empty(r)
+    taken = importance_update(own, params, grads, pair, own_half, own_scores, beta1, beta2)
+    other = 1 - half.to(torch.int64)
+    state[:, :, first : first + size].index_copy_(0, other, pair.index_select(0, other))
+    begin = layout.rank_offsets[layer]
+    scores[begin : begin + r] = torch.where(taken, own_scores, scores[begin : begin + r])
+    finite[layer : layer + 1] = taken
+
+
 def _check_arguments(
     layout: TripletLayout,
     params: Sequence[Tensor],
@@ -161,4 +226,12 @@ def _check_arguments(
             )
 
 
-__all__ = ["REDUCTIONS", "TripletLayout", "importance_update", "magnitude_scores", "triplet_scores"]
+__all__ = [
+    "REDUCTIONS",
+    "OrthogonalityShare",
+    "TripletLayout",
+    "importance_layer",
+    "importance_update",
+    "magnitude_scores",
+    "triplet_scores",
+]

@@ -13,15 +13,17 @@ namespace adalora::cpu {
 
 namespace {
 
+// Takes gradients of layers whose first element is number `first` of the averages into the other half, and scores
+// their triplets if all was finite.
 template <typename T>
-bool update(const Averages& averages, const Tensor& scores, const int64_t* shapes, int64_t layers,
+bool update(const Averages& averages, int64_t first, T* scores, const int64_t* shapes, int64_t layers,
             const std::vector<Operand>& params, const std::vector<Operand>& grads, const Smoothing<T>& smoothing,
             bool (*run)(const Run<T>&, const Smoothing<T>&)) {
   std::vector<double> sums;
   const std::vector<triplet_sweep::Item> items = triplet_sweep::cut(shapes, layers, sums);
   const int64_t elements = averages.elements;
-  const T* old = averages.current<T>();
-  T* fresh = averages.next<T>();
+  const T* old = averages.current<T>() + first;
+  T* fresh = averages.next<T>() + first;
   const auto segment = [&](const triplet_sweep::Item& item, int64_t begin, int64_t count, T* scratch) {
     const Operand param = params[item.tensor].from(item.begin + begin), grad = grads[item.tensor].from(item.begin + begin);
     const int64_t offset = item.offset + begin;
@@ -30,9 +32,21 @@ bool update(const Averages& averages, const Tensor& scores, const int64_t* shape
                smoothing);
   };
   if (!triplet_sweep::run<T>(items, elements, 2, segment)) return false;
-  triplet_sweep::score(items, shapes, layers, static_cast<T*>(scores.mutable_data_ptr()));
-  averages.flip();
+  triplet_sweep::score(items, shapes, layers, scores);
   return true;
+}
+
+// `update` in the dtype of the averages; scores from element `rank` on.
+bool update_any(const Tensor& state, const Averages& averages, int64_t first, const Tensor& scores, int64_t rank,
+                const int64_t* shapes, int64_t layers, const std::vector<Operand>& params,
+                const std::vector<Operand>& grads, double beta1, double beta2) {
+  const auto& kernels = ADALORA_KERNELS(importance_kernels);
+  void* out = scores.mutable_data_ptr();
+  if (state.scalar_type() == ScalarType::Double)
+    return update<double>(averages, first, static_cast<double*>(out) + rank, shapes, layers, params, grads,
+                          {beta1, beta2}, kernels.run_double);
+  return update<float>(averages, first, static_cast<float*>(out) + rank, shapes, layers, params, grads, {beta1, beta2},
+                       kernels.run_float);
 }
 
 }  // namespace
@@ -44,15 +58,37 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
   const Averages averages = averages_of(state, half, scores, sizes, layers);
   const std::vector<Operand> read_params = operands_of(params, sizes, layers, state, "params", false);
   const std::vector<Operand> read_grads = operands_of(grads, sizes, layers, state, "grads", true);
-  const auto& kernels = ADALORA_KERNELS(importance_kernels);
-  const bool taken = state.scalar_type() == ScalarType::Double
-                         ? update<double>(averages, scores, sizes, layers, read_params, read_grads, {beta1, beta2},
-                                          kernels.run_double)
-                         : update<float>(averages, scores, sizes, layers, read_params, read_grads, {beta1, beta2},
-                                         kernels.run_float);
+  const bool taken =
+      update_any(state, averages, 0, scores, 0, sizes, layers, read_params, read_grads, beta1, beta2);
+  if (taken) averages.flip();
   Tensor finite = torch::stable::empty({1}, ScalarType::Bool);
   *static_cast<bool*>(finite.mutable_data_ptr()) = taken;
   return finite;
+}
+
+void importance_layer(Tensor state, const Tensor& half, Tensor scores, Tensor finite, const Tensor& shapes,
+                      int64_t layer, std::vector<Tensor> params, std::vector<Tensor> grads,
+                      std::optional<Tensor> slopes, int64_t slopes_A, int64_t slopes_B, double scale, double beta1,
+                      double beta2) {
+  const int64_t layers = check_table(shapes, 3, "shapes");
+  STD_TORCH_CHECK(layer >= 0 && layer < layers, "layer: expected one of ", layers, ", got ", layer);
+  const int64_t* sizes = static_cast<const int64_t*>(shapes.const_data_ptr());
+  const Averages averages = averages_of(state, half, scores, sizes, layers);
+  check_contiguous(finite, ScalarType::Bool, layers, "finite");
+  int64_t first = 0, rank = 0;
+  for (int64_t i = 0; i < layer; ++i) {
+    first += sizes[i] * (sizes[layers + i] + 1 + sizes[2 * layers + i]);
+    rank += sizes[i];
+  }
+  const int64_t own[3] = {sizes[layer], sizes[layers + layer], sizes[2 * layers + layer]};
+  const std::vector<Operand> read_params = operands_of(params, own, 1, state, "params", false);
+  const std::vector<Operand> read_grads = operands_of(grads, own, 1, state, "grads", true);
+  if (slopes.has_value()) {
+    add_orthogonality_gradient(params[0], false, *slopes, slopes_A, scale, grads[0]);
+    add_orthogonality_gradient(params[2], true, *slopes, slopes_B, scale, grads[2]);
+  }
+  static_cast<bool*>(finite.mutable_data_ptr())[layer] =
+      update_any(state, averages, first, scores, rank, own, 1, read_params, read_grads, beta1, beta2);
 }
 
 }  // namespace adalora::cpu

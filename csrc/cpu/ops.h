@@ -14,6 +14,12 @@ std::string instruction_set();
 
 Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, std::vector<Tensor> params,
                          std::vector<Tensor> grads, double beta1, double beta2);
+// One layer's share of importance_update, for its backward: scores and finite are of all layers, and nothing is flipped.
+// Where there are slopes, the orthogonality gradient is added to the gradients of A and B first.
+void importance_layer(Tensor state, const Tensor& half, Tensor scores, Tensor finite, const Tensor& shapes,
+                      int64_t layer, std::vector<Tensor> params, std::vector<Tensor> grads,
+                      std::optional<Tensor> slopes, int64_t slopes_A, int64_t slopes_B, double scale, double beta1,
+                      double beta2);
 Tensor adamw_update(const Tensor& shapes, std::vector<Tensor> params, std::vector<Tensor> grads, Tensor moments,
                     Tensor steps, const Tensor& groups, const Tensor& settings, const Tensor& grad_scale,
                     std::optional<Tensor> state, std::optional<Tensor> half, std::optional<Tensor> scores, double beta1,
@@ -26,6 +32,9 @@ std::tuple<Tensor, Tensor> orthogonality(std::vector<Tensor> lora_A, std::vector
                                          bool squared);
 void orthogonality_gradients(std::vector<Tensor> lora_A, std::vector<Tensor> lora_B, const Tensor& slopes,
                              double scale, std::vector<Tensor> grads, bool add);
+// The same for one matrix, added to its gradient; its slopes begin at `offset`.
+void add_orthogonality_gradient(Tensor matrix, bool columns, const Tensor& slopes, int64_t offset, double scale,
+                                const Tensor& grad);
 Tensor dropout(const Tensor& x, int64_t threshold, double scale, const Tensor& seed);
 Tensor lowrank_forward(const Tensor& x, const Tensor& lora_A, const Tensor& lora_E, const Tensor& lora_B,
                        std::optional<Tensor> mask, double scaling, Tensor y);

@@ -143,7 +143,31 @@ void differentiate_all(const std::vector<Matrix>& matrices, const GramKernels<T>
       });
 }
 
+template <typename T>
+void add_gradient(Tensor& matrix, bool columns, const GramKernels<T>& kernels, const T* slopes, double scale,
+                  const Tensor& grad) {
+  Scratch<T> scratch;
+  const int64_t rank = matrix.size(columns), length = matrix.size(!columns);
+  const Operand read = operand_of(matrix, matrix.size(0), matrix.size(1), grad, "lora_A, lora_B");
+  check_contiguous(grad, matrix.scalar_type(), rank * length, "grads");
+  const Matrix m{read.data, read.dtype, rank, length, columns, 0};
+  differentiate(m, kernels, slopes, static_cast<T>(scale), grad.mutable_data_ptr(), true, scratch);
+}
+
 }  // namespace
+
+void add_orthogonality_gradient(Tensor matrix, bool columns, const Tensor& slopes, int64_t offset, double scale,
+                                const Tensor& grad) {
+  const int64_t rank = matrix.size(columns);
+  check_contiguous(slopes, slopes.scalar_type(), slopes.numel(), "slopes");
+  STD_TORCH_CHECK(offset >= 0 && offset + rank * rank <= slopes.numel(), "slopes: no such matrix");
+  const auto& kernels = ADALORA_KERNELS(orthogonality_kernels);
+  if (slopes.scalar_type() == ScalarType::Double) {
+    add_gradient(matrix, columns, kernels.f64, static_cast<const double*>(slopes.const_data_ptr()) + offset, scale, grad);
+  } else {
+    add_gradient(matrix, columns, kernels.f32, static_cast<const float*>(slopes.const_data_ptr()) + offset, scale, grad);
+  }
+}
 
 std::tuple<Tensor, Tensor> orthogonality(std::vector<Tensor> lora_A, std::vector<Tensor> lora_B, double factor,
                                          bool squared) {

@@ -1,0 +1,211 @@
+"""Importance inside the backward: each layer's averages take its gradients as its own backward finishes them.
+
+That is variant "paper", whose importance reads the parameters before the optimizer's step. It is right only where the
+gradient that the layer's backward hands over is the one that the optimizer will see. Whether it was is not promised
+beforehand but looked at afterwards: nothing may have written to it since. The new averages wait in the other half of
+the ping-pong pair, so where a single gradient was clipped, reduced, unscaled, hooked, or made by a module that ran
+twice, the launch before the optimizer's step does the whole model over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from adalora_kernels.ops.importance import OrthogonalityShare, importance_layer, sinks
+from adalora_kernels.ops.orthogonality import Term, when_backward_ends
+
+if TYPE_CHECKING:
+    from adalora_kernels.allocator.engine import BudgetEngine
+
+
+@dataclass
+class _Expected:
+    """Where a parameter's gradient must lie after the backward, and how often it may have been written to by then."""
+
+    address: int
+    version: int
+
+
+@dataclass
+class _Step:
+    """What the backwards of one optimizer step have left.
+
+    Attributes:
+        expected: of A, E, B of each layer that was seen; None where it can't be fused.
+        because: why something can't be, in the words of ``explain``.
+        term: the orthogonality term of the backward under way.
+        termed: the layers whose gradients hold their share of it.
+        wanted: whether this step takes gradients at all; None where not asked yet.
+    """
+
+    expected: dict[int, tuple[_Expected, ...] | None] = field(default_factory=dict)
+    because: str = ""
+    term: tuple[Term, Tensor, Tensor] | None = None
+    termed: set[int] = field(default_factory=set)
+    wanted: bool | None = None
+
+
+class FusedImportance:
+    """The sink of all layers of one allocator; ``RankAllocator.fuse_backward`` makes it.
+
+    Attributes:
+        outcome: what became of the last step that took gradients, in words.
+    """
+
+    def __init__(self, engine: BudgetEngine) -> None:
+        self._engine = engine
+        self.outcome = "no step yet"
+        self._step = _Step()
+        self._layers: dict[int, int] = {}
+        self._follow()
+
+    def _follow(self) -> None:
+        """Listen to the layers' parameters as they are now."""
+        engine = self._engine
+        params = [t.parameters for t in engine.triplets]
+        self._params = params
+        self._layers = {id(A): i for i, (A, _, _) in enumerate(params)}
+        self._scores = torch.zeros_like(engine.importance.scores)
+        self._finite = torch.zeros(len(params), dtype=torch.bool, device=self._scores.device)
+        shapes = engine.importance.layout.shapes
+        starts = [0]
+        for r in [*(r for r, _, _ in shapes), *(r for r, _, _ in shapes)]:
+            starts.append(starts[-1] + r * r)
+        self._slopes_at = [(starts[i], starts[len(shapes) + i]) for i in range(len(shapes))]
+        for A, _, _ in params:
+            sinks[A] = self
+
+    def stop(self) -> None:
+        """Listen no longer."""
+        for A, _, _ in self._params:
+            if sinks.get(A) is self:
+                del sinks[A]
+
+    def _wanted(self) -> bool:
+        engine, step = self._engine, self._step
+        if step.wanted is None:
+            step.wanted = engine.schedule.plan(engine.next_step, engine.importance.settled).update
+        return step.wanted
+
+    def reset(self, because: str = "") -> None:
+        """Forget what the backwards have left: this step takes no gradients, or not those."""
+        self._step = _Step()
+        self.outcome = f"launched before the step: {because}" if because else "no gradients taken"
+
+    @torch.no_grad()
+    def take_layer(self, lora_A: Tensor, dA: Tensor, dE: Tensor, dB: Tensor) -> None:
+        """As ``ops.importance.Sink`` says."""
+        step, layer = self._step, self._layers[id(lora_A)]
+        grads, params = (dA, dE, dB), self._params[layer]
+        share = None
+        if step.term is not None and layer not in step.termed:
+            _, slopes, scale = step.term
+            share = OrthogonalityShare(slopes, *self._slopes_at[layer], scale)
+        fits = all(g.is_contiguous() and g.dtype == p.dtype for g, p in zip(grads, params, strict=True))
+        if layer in step.expected:
+            before = step.expected[layer]
+            if before is None or not all(map(_arrived, params, before)):
+                fits = False
+                step.because = f"{self._engine.triplets[layer].name} ran twice in one backward"
+        if not fits or not self._wanted():
+            step.expected[layer] = None
+            return
+        totals: list[Tensor] = list(grads)
+        if share is not None:
+            step.termed.add(layer)
+        if any(p.grad is not None for p in params):
+            if share is not None:
+                step.termed.discard(layer)
+                step.expected[layer] = None
+                step.because = "the orthogonality term came on top of gradients that were there"
+                return
+            totals = [g if p.grad is None else p.grad + g for p, g in zip(params, grads, strict=True)]
+        state = self._engine.importance
+        importance_layer(
+            state.layout,
+            layer,
+            params,
+            totals,
+            share,
+            state.averages,
+            state.half,
+            self._scores,
+            self._finite,
+            self._engine.beta1,
+            self._engine.beta2,
+            backend=self._engine.backend,
+        )
+        step.expected[layer] = tuple(
+            _Expected(g.data_ptr(), g._version) if p.grad is None else _Expected(p.grad.data_ptr(), p.grad._version + 1)
+            for p, g in zip(params, grads, strict=True)
+        )
+
+    def take_term(self, term: Term, slopes: Tensor, scale: Tensor) -> bool:
+        """As ``ops.importance.Sink`` says: the layers' backwards, which come after, add it to their gradients."""
+        mine = [A is p[0] and B is p[2] for A, B, p in zip(term.lora_A, term.lora_B, self._params, strict=False)]
+        step = self._step
+        if len(mine) != len(self._params) or not all(mine) or step.expected or not self._wanted():
+            return False
+        step.term = (term, slopes, scale)
+        when_backward_ends(self._end_term)
+        return True
+
+    @torch.no_grad()
+    def _end_term(self) -> None:
+        """Give the layers that this backward left out, or could not fuse, their share of the term."""
+        step = self._step
+        if step.term is None:
+            return
+        (term, slopes, scale), step.term = step.term, None
+        rest = [i for i in range(len(self._params)) if i not in step.termed]
+        if rest:
+            at = [*(self._slopes_at[i][0] for i in rest), *(self._slopes_at[i][1] for i in rest)]
+            lora_A, lora_B = ([self._params[i][part] for i in rest] for part in (0, 2))
+            ranks = [self._params[i][0].shape[0] for i in rest] * 2
+            own = torch.cat([slopes[a : a + r * r] for a, r in zip(at, ranks, strict=True)])
+            term.part(lora_A, lora_B).accumulate(own, scale)
+            for i in rest:
+                step.expected[i] = None
+
+    def collect(self, params: Sequence[Tensor]) -> Tensor | None:
+        """Take over what the backwards have left, if it is the whole model's and nothing has changed since.
+
+        Returns:
+            bool [1], whether all was finite, as ``ops.importance_update`` would; None where the launch must do it.
+        """
+        step, self._step = self._step, _Step()
+        if any(p is not q for p, q in zip(params[::3], (own[0] for own in self._params), strict=True)):
+            self.stop()
+            self._follow()
+            self.outcome = "launched before the step: parameters were replaced"
+            return None
+        for layer, own in enumerate(self._params):
+            expected = step.expected.get(layer)
+            name = self._engine.triplets[layer].name
+            if expected is None:
+                reason = step.because or f"{name} was not fused in this step"
+            elif all(map(_arrived, own, expected)):
+                continue
+            else:
+                reason = f"the gradient of {name} was written to after its backward"
+            self.outcome = f"launched before the step: {reason}"
+            return None
+        state = self._engine.importance
+        finite = self._finite.all().reshape(1)
+        state.half.copy_(torch.where(finite, 1 - state.half, state.half))
+        state.scores.copy_(torch.where(finite, self._scores, state.scores))
+        self.outcome = "fused into the backward"
+        return finite
+
+
+def _arrived(param: Tensor, expected: _Expected) -> bool:
+    grad = param.grad
+    return grad is not None and grad.data_ptr() == expected.address and grad._version == expected.version
+
+
+__all__ = ["FusedImportance"]

@@ -1,0 +1,182 @@
+"""Importance inside the backward: the bits of the launch where that is legal, and the launch where it is not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adalora_kernels import AdaLoraAdamW, RankAllocator, SVDLinear, compute_orth_regu, explain
+
+SETTINGS: dict[str, Any] = {"lora_r": 6, "target_rank": 2, "init_warmup": 3, "final_warmup": 4, "mask_interval": 2,
+                            "beta1": 0.85, "beta2": 0.85, "total_step": 16, "variant": "paper"}  # fmt: skip
+STEPS = 16
+FUSED = "fused into the backward"
+
+
+class Network(nn.Module):
+    """Three adapted layers; one of them may run twice, or not at all."""
+
+    def __init__(self, runs: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = SVDLinear(24, 40, r=6, lora_alpha=8), SVDLinear(40, 40, r=5)
+        self.last = SVDLinear(40, 10, r=6)
+        self.runs = runs
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        for _ in range(self.runs):
+            h = torch.tanh(self.second(h))
+        return self.last(h)
+
+
+def loss_of(model: nn.Module, step: int, orthogonality: bool = True) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(16, 24, generator=generator)
+    loss = (model(x) - torch.sin(x[:, :10] * 2)).square().mean()
+    if orthogonality:
+        loss = loss + compute_orth_regu(model, 0.01, squared=True, accumulate=True)
+    return loss
+
+
+def train(
+    fuse: bool, backend: str, backward: Callable[[nn.Module, int], None], runs: int = 1, swept: bool = False
+) -> tuple[nn.Module, RankAllocator, set[str]]:
+    """A whole schedule; the outcomes are those of the steps that took gradients."""
+    model = Network(runs)
+    allocator = RankAllocator(model, **SETTINGS, backend=backend)
+    if fuse:
+        allocator.fuse_backward()
+    params = [p for p in model.parameters() if p.requires_grad]
+    if swept:
+        optimizer: torch.optim.Optimizer = AdaLoraAdamW(params, lr=5e-3, allocator=allocator, backend=backend)
+    else:
+        optimizer = torch.optim.AdamW(params, lr=5e-3)
+        allocator.attach(optimizer)
+    outcomes = set()
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+        if fuse and step < 12:
+            outcomes.add(explain(allocator)[0].reason.split("last step: ")[1])
+    return model, allocator, outcomes
+
+
+def assert_same(backward: Callable[[nn.Module, int], None], backend: str, **options: Any) -> set[str]:
+    plain, apart, _ = train(False, backend, backward, **options)
+    model, fused, outcomes = train(True, backend, backward, **options)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(fused.importance.current(), apart.importance.current(), strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(fused.importance.scores, apart.importance.scores)
+    assert fused.get_rank_pattern() == apart.get_rank_pattern()
+    return outcomes
+
+
+def one_backward(model: nn.Module, step: int) -> None:
+    loss_of(model, step).backward()
+
+
+def without_term(model: nn.Module, step: int) -> None:
+    """Bare, since of a module that runs twice the term is added between the two gradients: another rounding."""
+    loss_of(model, step, orthogonality=False).backward()
+
+
+@pytest.mark.parametrize("swept", [False, True])
+def test_fused_has_the_bits_of_the_launch(swept: bool) -> None:
+    """All steps fused, the orthogonality term among the gradients."""
+    assert assert_same(one_backward, "native", swept=swept) == {FUSED}
+
+
+def test_fused_by_the_reference() -> None:
+    assert assert_same(without_term, "reference") == {FUSED}
+
+
+def test_accumulated_gradients_are_taken_at_the_last_micro_batch() -> None:
+    def backward(model: nn.Module, step: int) -> None:
+        for part in range(3):
+            (loss_of(model, 100 * step + part, orthogonality=part == 0) / 3).backward()
+
+    assert assert_same(backward, "native") == {FUSED}
+
+
+def no_layer(model: Network, step: int) -> None:
+    runs, model.runs = model.runs, int(step % 2)
+    one_backward(model, step)
+    model.runs = runs
+
+
+def clipped(model: nn.Module, step: int) -> None:
+    one_backward(model, step)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+
+
+def hooked(model: nn.Module, step: int) -> None:
+    if step == 0:
+        model.second.lora_B.register_hook(lambda g: g * 0.5)
+    without_term(model, step)
+
+
+def scaled(model: nn.Module, step: int) -> None:
+    (loss_of(model, step) * 8).backward()
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.div_(8)
+
+
+@pytest.mark.parametrize(
+    ("backward", "runs", "because"),
+    [
+        (without_term, 2, "second ran twice in one backward"),
+        (no_layer, 1, "second was not fused in this step"),
+        (clipped, 1, "the gradient of first was written to after its backward"),
+        (hooked, 1, "the gradient of second was written to after its backward"),
+        (scaled, 1, "the gradient of first was written to after its backward"),
+    ],
+)
+def test_where_it_is_not_legal_the_launch_does_it(backward: Any, runs: int, because: str) -> None:
+    outcomes = assert_same(backward, "native", runs=runs)
+    assert f"launched before the step: {because}" in outcomes, outcomes
+    assert outcomes <= {FUSED, f"launched before the step: {because}"}
+
+
+def test_overflow_leaves_no_trace() -> None:
+    """Also where earlier layers were updated in the backward before the overflow was seen."""
+    model = Network()
+    allocator = RankAllocator(model, **SETTINGS)
+    allocator.fuse_backward()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    allocator.attach(optimizer)
+    for step in range(6):
+        model.zero_grad()
+        loss = loss_of(model, step, orthogonality=False)
+        before = [t.clone() for t in (*allocator.importance.current(), allocator.importance.scores)]
+        if step == 4:
+            hidden = torch.ones(10)
+            hidden[0] = torch.inf
+            (model(torch.ones(1, 24)) * hidden).sum().backward()
+        else:
+            loss.backward()
+        optimizer.step()
+        if step == 4:
+            after = (*allocator.importance.current(), allocator.importance.scores)
+            assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        assert explain(allocator)[0].reason.endswith(FUSED)
+
+
+def test_copies_and_ends() -> None:
+    model = Network()
+    allocator = RankAllocator(model, **SETTINGS)
+    allocator.fuse_backward()
+    assert copy.deepcopy(allocator).fused is None
+    allocator.fuse_backward(False)
+    assert allocator.fused is None
+    with pytest.raises(ValueError, match="variant: expected 'paper'"):
+        RankAllocator(model, **{**SETTINGS, "variant": "peft"}).fuse_backward()
