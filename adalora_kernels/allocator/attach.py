@@ -75,7 +75,8 @@ class Attachment:
         turn = allocator.begin(allocator.next_step if self._step is None else self._step())
         finite = None
         if allocator.pre_step:
-            if turn.plan.update and (len(args) > 1 or kwargs.get("closure") is not None):
+            closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+            if turn.plan.update and closure is not None:
                 raise ValueError("closure: expected None, since variant 'paper' needs the gradients before the step")
             finite = allocator.update(turn, getattr(optimizer, "found_inf", None))
         self._turn = turn, finite

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from adalora_kernels.integrations.peft import patch_model, unpatch_model
 from adalora_kernels.testing.tolerances import assert_within_budget
-from tests.integrations.small_models import adapter_parameters, batch, build, train, twins
+from tests.integrations.small_models import ARCHITECTURES, adapter_parameters, batch, build, train, twins
 
 BETA = 0.85
 
@@ -307,6 +308,69 @@ def test_the_schedule_follows_the_config() -> None:
     ours.peft_config["default"].target_r = 2  # PEFT ignores this one
     train(ours, 7, start=19)
     assert sum(map(sum, _pattern(ours).values())) == 2 * len(_pattern(ours))
+
+
+def test_an_attached_optimizer_needs_no_calls() -> None:
+    called, attached = (patch_model(build("llama")) for _ in range(2))
+    expected = train(called, 20)
+    optimizer = torch.optim.AdamW(adapter_parameters(attached).values(), lr=1e-2)
+    attached.base_model.rank_allocator().attach(optimizer)
+    losses = []
+    for step in range(20):
+        loss = attached(**batch(attached, seed=step)).loss
+        loss.backward()
+        optimizer.step()
+        if step % 2:
+            attached.base_model.update_and_allocate(step)  # has nothing to do
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == expected
+    assert _pattern(attached) == _pattern(called) is not None
+
+
+def test_a_patched_model_that_nobody_allocates_is_warned_about_once() -> None:
+    model = patch_model(build("perceptron"))
+    with pytest.warns(UserWarning, match=r"AdaLoRA: patch_model was called, and .*update_and_allocate") as caught:
+        train(model, 30, allocate=False)
+    assert len([w for w in caught if str(w.message).startswith("AdaLoRA:")]) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="AdaLoRA:")
+        train(patch_model(build("perceptron")), 15)
+        train(unpatch_model(patch_model(build("perceptron"))), 15, allocate=False)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compaction_keeps_outputs_training_and_checkpoints(architecture: str, tmp_path: Path) -> None:
+    model = patch_model(build(architecture, target_r=1))
+    allocator = model.base_model.rank_allocator()
+    optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-2)
+
+    def steps(numbers: range) -> None:
+        for step in numbers:
+            optimizer.zero_grad()
+            model(**batch(model, seed=step)).loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+
+    steps(range(16))
+    with pytest.raises(ValueError, match=r"^step: expected the final phase"):
+        allocator.compact(optimizer)
+    steps(range(16, 18))
+    model.eval()
+    before, pattern = model(**batch(model)).logits, _pattern(model)
+    ranks = allocator.compact(optimizer)
+    torch.testing.assert_close(model(**batch(model)).logits, before, rtol=1e-5, atol=1e-6)
+    assert 0 in ranks.values() and sum(ranks.values()) == len(ranks)
+    assert {t.name: t.shape[0] for t in allocator.triplets} == ranks
+    model.train()
+    steps(range(18, 23))
+    assert model.base_model.rank_allocator() is allocator and _pattern(model) == pattern
+
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(architecture).unload(), tmp_path)
+    tokens = batch(model)["input_ids"]
+    for other in (loaded, patch_model(copy.deepcopy(loaded))):
+        torch.testing.assert_close(other.eval()(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 
 class _Regression(nn.Module):

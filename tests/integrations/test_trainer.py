@@ -172,6 +172,39 @@ def test_our_own_layers_with_an_allocator(tmp_path: Path) -> None:
     assert records[-1]["adalora/budget"] == 4.0 and "adalora/live_rank" in records[-1]
 
 
+@pytest.mark.parametrize("variant", ["original", "paper"])
+def test_callback_and_attached_optimizer_update_once(variant: str, tmp_path: Path) -> None:
+    """Also where the callback is there twice; the Trainer's count is the schedule's."""
+    ranks, losses = [], []
+    for attach in (False, True):
+        torch.manual_seed(0)
+        model = _Network()
+        allocator = RankAllocator(model, 6, 2, 2, 5, 1, 0.85, 0.85, variant=variant)
+        trainer = _trainer(model, tmp_path, [AdaLoraCallback(allocator)] * (1 + attach), logging_steps=1)
+        if attach:
+            trainer.create_optimizer()
+            allocator.attach(trainer.optimizer)
+        trainer.train()
+        assert allocator.importance.updates == STEPS - 5 and allocator.next_step == STEPS
+        ranks.append(allocator.get_rank_pattern())
+        losses.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
+    assert losses[0] == losses[1] and ranks[0] == ranks[1]
+
+
+def test_callback_and_attached_optimizer_on_a_patched_model(tmp_path: Path) -> None:
+    losses = []
+    for attach in (False, True):
+        model = patch_model(build("llama", total_step=STEPS))
+        trainer = _trainer(model, tmp_path, [AdaLoraCallback()] * (1 + attach), logging_steps=1)
+        if attach:
+            trainer.create_optimizer()
+            model.base_model.rank_allocator().attach(trainer.optimizer)
+        trainer.train()
+        assert model.base_model.rank_allocator().next_step == STEPS
+        losses.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
+    assert losses[0] == losses[1]
+
+
 def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="allocator: expected a RankAllocator"):
         AdaLoraCallback("allocator")
