@@ -118,7 +118,7 @@ for name in ('patch_model', 'AdaLoraCallback'):
         print(name, error)
 """
     )
-    assert out.count("'reference'") == 4
+    assert out.count("'reference'") == 5
     assert "patch_model" in out and "peft" in out
 
 
