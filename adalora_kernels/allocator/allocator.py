@@ -116,7 +116,8 @@ class RankAllocator(BudgetEngine):
     def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int, Tensor | None]:
         """Take this step's gradients into the averages and mask as the schedule says.
 
-        Where an attached optimizer or a callback has done that for this step already, nothing more is done.
+        Where an attached optimizer or a callback has done that for this step already, nothing more is done. A step that
+        a GradScaler skips for a gradient of another parameter can't be told from here: ``attach`` sees it.
 
         Args:
             model: the model, as at construction.

@@ -24,9 +24,9 @@ class _Driver(Protocol):
 
     def set_total_step(self, total_step: int) -> None: ...
 
-    def before_step(self, model: nn.Module, global_step: int) -> None: ...
+    def before_step(self, optimizer: Any, global_step: int) -> None: ...
 
-    def step(self, model: nn.Module, global_step: int) -> None: ...
+    def step(self, model: nn.Module, global_step: int, skipped: bool) -> None: ...
 
     def figures(self, global_step: int) -> dict[str, float]: ...
 
@@ -91,21 +91,22 @@ class AdaLoraCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the allocator the Trainer's count, and let variant "paper" score before the step."""
+        """Tell the allocator the Trainer's count; variant "paper", which scores before the step, is attached to it."""
         if self._driver is None:
             self._driver = _driver_for(kwargs["model"], self.allocator)
-        self._driver.before_step(kwargs["model"], state.global_step)
+        self._driver.before_step(kwargs["optimizer"], state.global_step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Update importance and masks, unless an attached optimizer has done so in its step.
 
-        A step that was skipped for an overflow is recognised by its gradients.
+        A step that accelerate reports as skipped for an overflow is left out.
         """
         if self._driver is None:
             self._driver = _driver_for(kwargs["model"], self.allocator)
-        self._driver.step(kwargs["model"], state.global_step)
+        skipped = bool(getattr(kwargs.get("optimizer"), "step_was_skipped", False))
+        self._driver.step(kwargs["model"], state.global_step, skipped)
         self._last_step = state.global_step
 
     def on_log(
@@ -150,14 +151,14 @@ class _PeftDriver:
     def patched(self) -> bool:
         return hasattr(type(self.tuner), "rank_allocator")
 
-    def before_step(self, model: nn.Module, global_step: int) -> None:
+    def before_step(self, optimizer: Any, global_step: int) -> None:
         if self.patched:
             self.tuner.rank_allocator().expect(global_step)
 
-    def step(self, model: nn.Module, global_step: int) -> None:
+    def step(self, model: nn.Module, global_step: int, skipped: bool) -> None:
         if not self.patched:
             self.tuner.update_and_allocate(global_step)
-        elif (allocator := self.tuner.rank_allocator()).next_step != global_step + 1:
+        elif not skipped and (allocator := self.tuner.rank_allocator()).next_step != global_step + 1:
             allocator.expect(global_step)
             self.tuner.update_and_allocate(global_step)
             allocator.note(global_step, (allocator.schedule.budget(global_step), None))
@@ -185,13 +186,14 @@ class _AllocatorDriver:
         _check_schedule(total_step, self.allocator.initial_warmup, self.allocator.final_warmup)
         self.allocator.set_total_step(total_step)
 
-    def before_step(self, model: nn.Module, global_step: int) -> None:
+    def before_step(self, optimizer: Any, global_step: int) -> None:
         self.allocator.expect(global_step)
         if self.allocator.pre_step and not self.allocator.attached:
-            self.allocator.update_importance(model, global_step)
+            self.allocator.attach(optimizer)
 
-    def step(self, model: nn.Module, global_step: int) -> None:
-        self.allocator.advance(model, global_step)
+    def step(self, model: nn.Module, global_step: int, skipped: bool) -> None:
+        if not skipped:
+            self.allocator.advance(model, global_step)
 
     def figures(self, global_step: int) -> dict[str, float]:
         live = sum(self.allocator.live_ranks().values())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from adalora_kernels.allocator import RankAllocator
 from adalora_kernels.integrations.peft import patch_model
@@ -189,6 +190,29 @@ def test_callback_and_attached_optimizer_update_once(variant: str, tmp_path: Pat
         ranks.append(allocator.get_rank_pattern())
         losses.append([record["loss"] for record in trainer.state.log_history if "loss" in record])
     assert losses[0] == losses[1] and ranks[0] == ranks[1]
+
+
+@pytest.mark.parametrize("kind", ["allocator", "peft"])
+def test_a_step_that_accelerate_skips_is_left_out(kind: str) -> None:
+    """Its gradients may be finite in every adapter."""
+    tokens = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "labels": torch.ones(2, 5, dtype=torch.int64)}
+    if kind == "peft":
+        model: Any = patch_model(build("llama", total_step=STEPS))
+        allocator, callback = model.base_model.rank_allocator(), AdaLoraCallback()
+    else:
+        model = _Network()
+        allocator = RankAllocator(model, 6, 2, 2, 5, 1, 0.85, 0.85, total_step=STEPS)
+        callback = AdaLoraCallback(allocator)
+    for step in range(6):
+        model.zero_grad()
+        outputs = model(**tokens)
+        (outputs["loss"] if isinstance(outputs, dict) else outputs.loss).backward()
+        optimizer = SimpleNamespace(step_was_skipped=step in (1, 4))
+        state, call = TrainerState(global_step=step), {"model": model, "optimizer": optimizer}
+        callback.on_pre_optimizer_step(None, state, None, **call)
+        callback.on_optimizer_step(None, state, None, **call)
+        assert allocator.importance.updates == (1, 1, 2, 3, 3, 4)[step]
+        assert allocator.global_step == (0, 0, 2, 3, 3, 5)[step]
 
 
 def test_callback_and_attached_optimizer_on_a_patched_model(tmp_path: Path) -> None:
