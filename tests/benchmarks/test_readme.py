@@ -46,3 +46,6 @@ def test_peft_example_runs(monkeypatch: Any) -> None:
     space: dict[str, Any] = {"batches": [batch] * 2}
     exec(code, space)
     assert space["step"] == 1
+    # The next example goes on with that model.
+    exec(next(c for c in examples() if "AdaLoraAdamW" in c), space)
+    assert space["allocator"].next_step == 4 and space["optimizer"].max_grad_norm == 1.0
