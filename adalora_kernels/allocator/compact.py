@@ -21,7 +21,7 @@ Rows = Sequence[Sequence[bool]]
 _RANK_AXES = (0, 0, 1)  # of A, E, B
 
 
-def refuse_wrapped(model: nn.Module, triplets: Iterable[Triplet]) -> None:
+def refuse_wrapped(model: nn.Module, triplets: Sequence[Triplet]) -> None:
     """Hold the model to be one whose parameters nobody has laid out elsewhere yet.
 
     Raises:
@@ -30,19 +30,26 @@ def refuse_wrapped(model: nn.Module, triplets: Iterable[Triplet]) -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise ValueError("model: expected compact() before a CUDA graph is captured, got it during the capture")
     before = "compact() comes before the model is wrapped"
-    params = {id(p): name for t in triplets for p, name in zip(t.parameters, t.parameter_names, strict=True)}
     for t in triplets:
         for p, name in zip(t.parameters, t.parameter_names, strict=True):
             if type(p) is not nn.Parameter or hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"):
                 raise ValueError(f"model: expected plain parameters, but {name} is sharded or partitioned; {before}")
             if p._backward_hooks or p._post_accumulate_grad_hooks:
                 raise ValueError(f"model: expected parameters without hooks, but {name} has some; {before}")
+    if data_parallel_wrapper(p for t in triplets for p in t.parameters) is not None:
+        raise ValueError(f"model: expected no DistributedDataParallel around it; {before}")
+
+
+def data_parallel_wrapper(parameters: Iterable[Tensor]) -> DistributedDataParallel | None:
+    """The DistributedDataParallel that reduces any of these parameters' gradients.
+
+    It leaves no trace on parameters that it has put into buckets, so its instances are looked for.
+    """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    # DDP leaves no trace on the parameters that it has put into buckets, so its instances are looked for.
-    for wrapper in (o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)):
-        if any(id(p) in params for p in wrapper.parameters()):
-            raise ValueError(f"model: expected no DistributedDataParallel around it; {before}")
+        return None
+    wanted = set(map(id, parameters))
+    wrappers = (o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel))
+    return next((w for w in wrappers if any(id(p) in wanted for p in w.parameters())), None)
 
 
 def check_carriable(triplets: Iterable[Triplet], optimizer: Optimizer) -> None:

@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from adalora_kernels.allocator.agreement import Agreement
+from adalora_kernels.allocator.distributed import follow_shards, state_of
 from adalora_kernels.allocator.fused import FusedImportance
 from adalora_kernels.allocator.schedule import VARIANTS, BudgetSchedule, StepPlan
-from adalora_kernels.allocator.state import ImportanceState
 from adalora_kernels.allocator.tensorboard import write_scalars
 from adalora_kernels.allocator.triplets import Triplet, find_triplets
 from adalora_kernels.backends.select import Backend, parse, select
-from adalora_kernels.ops.allocation import mask_to_budget, zero_pruned
-from adalora_kernels.ops.importance import importance_update
-from adalora_kernels.reference.importance import REDUCTIONS, magnitude_scores, triplet_scores
+from adalora_kernels.reference.importance import REDUCTIONS
 
 METRICS = ("ipt", "mag")
 
@@ -53,6 +52,7 @@ class BudgetEngine:
         triplets: the layers, in the order of the averages.
         global_step: the last step that was finished, counted from 0.
         next_step: the step that comes next where nobody gives a number.
+        check_ranks: whether ranks that train one model compare their masks after each ranking; see ``Agreement``.
         captured: set by who has recorded steps in a CUDA graph, which holds the parameters' addresses and shapes.
     """
 
@@ -87,12 +87,14 @@ class BudgetEngine:
         self.variant, self.metric, self.reduction = variant, metric, reduction
         self.backend = parse(backend)
         self.triplets = self._find(model)
-        self.importance = ImportanceState(self.triplets)
+        self.importance = state_of(self.triplets)
         for op in ("importance", "allocation"):  # a backend that can't run says so here rather than in mid-training
             select(op, self.importance.live.device.type, self.importance.averages.dtype, 0, self.backend)
         self.global_step = self.next_step = 0
         self.captured = False
         self.fused: FusedImportance | None = None
+        self.check_ranks = True
+        self._agreement = Agreement()
 
     @property
     def pre_step(self) -> bool:
@@ -158,6 +160,7 @@ class BudgetEngine:
         plan = self.schedule.plan(step, self.importance.settled)
         if params is None:
             params = [registry[key] for t in self.triplets for registry, key in t.slots]
+            self.importance = follow_shards(self.importance, self.triplets, params)
         turn = Turn(step, plan, params, params[1::3])
         if plan.rank:
             self._check_trainable(turn.lora_E)
@@ -185,17 +188,7 @@ class BudgetEngine:
             return None
         state = self.importance
         before = None if found_inf is None else (state.half.clone(), state.scores.clone())
-        finite = importance_update(
-            state.layout,
-            turn.params,
-            grads,
-            state.averages,
-            state.half,
-            state.scores,
-            self.beta1,
-            self.beta2,
-            backend=self.backend,
-        )
+        finite = state.update(turn.params, grads, self.beta1, self.beta2, self.backend)
         if found_inf is None or before is None:
             return finite
         # The update went to the other half; going back to this one undoes it.
@@ -238,9 +231,11 @@ class BudgetEngine:
             scores, enabled = state.scores, finite
             if self.metric != "ipt" or self.reduction != "mean":
                 scores, enabled = self._other_scores(turn, finite)
-            threshold = mask_to_budget(scores, turn.lora_E, plan.budget, state.live, enabled, backend=self.backend)
+            threshold = state.mask(scores, turn.lora_E, plan.budget, enabled, self.backend)
+            if self.check_ranks:
+                self._agreement.check(self, turn.step)
         elif plan.rank or plan.reapply:
-            zero_pruned(state.live, turn.lora_E, backend=self.backend)
+            state.zero_pruned(turn.lora_E, self.backend)
         state.settled |= plan.settle
         if plan.reset:
             state.reset()
@@ -250,11 +245,7 @@ class BudgetEngine:
 
     def _other_scores(self, turn: Turn, finite: Tensor | None) -> tuple[Tensor, Tensor]:
         """S by ``metric`` and ``reduction``, and whether to mask by it (parameters may be anything)."""
-        layout = self.importance.layout
-        if self.metric == "mag":
-            scores = magnitude_scores(layout, turn.params, self.reduction)
-        else:
-            scores = triplet_scores(layout, *self.importance.current(), self.reduction)
+        scores = self.importance.other_scores(self.metric, self.reduction, turn.params)
         enabled = scores.isfinite().all().reshape(1)
         return scores.nan_to_num(), enabled if finite is None else enabled & finite
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,8 +11,11 @@ from torch import Tensor
 
 from adalora_kernels.allocator.compact import Rows
 from adalora_kernels.allocator.triplets import Triplet, layout_of
+from adalora_kernels.backends.select import Backend
+from adalora_kernels.ops.allocation import mask_to_budget, zero_pruned
 from adalora_kernels.ops.checks import floating_state_dtype
-from adalora_kernels.ops.importance import triplet_scores
+from adalora_kernels.ops.importance import importance_update, triplet_scores
+from adalora_kernels.reference.importance import magnitude_scores
 
 
 class ImportanceState:
@@ -39,6 +43,35 @@ class ImportanceState:
         self.live = torch.ones(self.layout.total_rank, dtype=torch.bool, device=device)
         self.updates = 0
         self.settled = False
+
+    def update(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        beta1: float,
+        beta2: float,
+        backend: Backend | None,
+    ) -> Tensor:
+        """Take gradients in; see ``ops.importance_update``."""
+        return importance_update(
+            self.layout, params, grads, self.averages, self.half, self.scores, beta1, beta2, backend=backend
+        )
+
+    def other_scores(self, metric: str, reduction: str, params: Sequence[Tensor]) -> Tensor:
+        """S of each triplet by another metric or reduction than that of ``scores``."""
+        if metric == "mag":
+            return magnitude_scores(self.layout, params, reduction)
+        return triplet_scores(self.layout, *self.current(), reduction)
+
+    def mask(
+        self, scores: Tensor, lora_E: Sequence[Tensor], budget: int, enabled: Tensor | None, backend: Backend | None
+    ) -> Tensor:
+        """Mask to the budget and note the pattern; see ``ops.mask_to_budget``."""
+        return mask_to_budget(scores, lora_E, budget, self.live, enabled, backend=backend)
+
+    def zero_pruned(self, lora_E: Sequence[Tensor], backend: Backend | None) -> None:
+        """Mask by the pattern; see ``ops.zero_pruned``."""
+        zero_pruned(self.live, lora_E, backend=backend)
 
     def current(self) -> tuple[Tensor, Tensor]:
         """Ī and Ū, flat [elements]: copies, taken without a host sync."""
