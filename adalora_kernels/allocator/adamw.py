@@ -200,6 +200,10 @@ class AdaLoraAdamW(torch.optim.AdamW):
             maximize=False,
         )
 
+    def parameters_resized(self) -> None:
+        """``RankAllocator.compact`` has shrunk parameters and their state: the next step lays them out anew."""
+        self._adapters = []
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; adapters among its parameters join the sweep."""
         super().add_param_group(param_group)

@@ -156,6 +156,27 @@ def test_under_a_grad_scaler() -> None:
         torch.testing.assert_close(value, parts(plain)[name], rtol=1e-5, atol=1e-6)
 
 
+def test_goes_on_after_compaction() -> None:
+    """Shrunk in the final phase, the run is torch's AdamW's, shrunk likewise."""
+    dtype = torch.float64
+    theirs = Network(dtype)
+    ours = copy.deepcopy(theirs)
+    beside, inside = (RankAllocator(m, **SETTINGS) for m in (theirs, ours))
+    adamw = torch.optim.AdamW(groups(theirs), lr=5e-3)
+    beside.attach(adamw)
+    swept = AdaLoraAdamW(groups(ours), lr=5e-3, allocator=inside)
+    for step in range(STEPS):
+        if step == 32:
+            beside.compact(adamw)
+            inside.compact(swept)
+        for model, optimizer in ((theirs, adamw), (ours, swept)):
+            backward(model, step, dtype)
+            optimizer.step()
+    assert sum(t.lora_E.shape[0] for t in find_triplets(ours)) == 4
+    for name, value in parts(ours).items():
+        torch.testing.assert_close(value, parts(theirs)[name], rtol=1e-9, atol=1e-12)
+
+
 def test_adapters_in_16_bits_keep_moments_in_32() -> None:
     model = Network(torch.bfloat16)
     optimizer = AdaLoraAdamW(groups(model), lr=5e-3, allocator=RankAllocator(model, **SETTINGS))

@@ -53,11 +53,16 @@ ADALORA_INLINE Vec<T> load_first(const T* data, int64_t count) {
   return value;
 }
 
+// Of all lanes, in fp64, by halves, which compilers make a few instructions of.
 template <typename T>
 ADALORA_INLINE double sum(Vec<T> value) {
-  double total = 0;
-  for (int l = 0; l < kLanes<T>; ++l) total += value[l];
-  return total;
+  T lanes[kLanes<T>];
+  store(lanes, value);
+  double part[kLanes<T>];
+  for (int l = 0; l < kLanes<T>; ++l) part[l] = lanes[l];
+  for (int step = kLanes<T> / 2; step > 0; step /= 2)
+    for (int l = 0; l < step; ++l) part[l] += part[l + step];
+  return part[0];
 }
 
 // a · b + c, rounded once where the instruction set can: for sums of products alone, whose bits may differ between sets.
