@@ -7,6 +7,7 @@ families' are the vendor's peaks times the share that the H100 reaches of its ow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from adalora_kernels.backends.triton.problem import Problem
@@ -87,6 +88,32 @@ def one_gemm(p: Problem) -> float:
     return 2 * _LAUNCH + _product(p, 4 * p.out_features + 3 * p.in_features, quality) + _read_x(p) + sums
 
 
+def sum_of_dx(p: Problem) -> float:
+    """Adding the dx of one layer to that of another."""
+    return _LAUNCH + 3 * _pass(p, p.in_features, p.x_dtype.itemsize)
+
+
+def group_forward(problems: Sequence[Problem], passes: int) -> float:
+    """Layers that read the same x: ``shrink_tail``, with ``passes`` over x for those of them that have a rank."""
+    return sum(shrink_tail(p) for p in problems) - _spared(problems, passes, 0)
+
+
+def group_backward(problems: Sequence[Problem], passes: int) -> float:
+    """Their gradients: as ``backward_blas``, each product added to the one before, and ``passes`` over x and dx."""
+    p = problems[0]
+    if not p.need_x:
+        return sum(split(p) for p in problems) - _spared(problems, passes, 0)
+    additions = (len(problems) - 1) * _pass(p, p.in_features)
+    return sum(backward_blas(p) for p in problems) + additions - _spared(problems, passes, 2)
+
+
+def _spared(problems: Sequence[Problem], passes: int, over_dx: int) -> float:
+    """What launches and passes cost that a group doesn't make: over x, and ``over_dx`` times over dx beside it."""
+    p = max(problems, key=lambda p: p.rank)
+    fewer = sum(p.rank > 0 for p in problems) - passes
+    return fewer * (_LAUNCH + _read_x(p) + over_dx * _pass(p, p.in_features))
+
+
 def _product(p: Problem, narrow: int = 0, quality: float = 1.0) -> float:
     """[M, K] by [K, N] or [M, N] by [N, K], and ``narrow`` times M products of the rank's width beside it."""
     speed = _SPEEDS[p.family]
@@ -136,9 +163,12 @@ __all__ = [
     "delta",
     "forward_blas",
     "frozen",
+    "group_backward",
+    "group_forward",
     "one_gemm",
     "one_pass",
     "published",
     "shrink_tail",
     "split",
+    "sum_of_dx",
 ]
