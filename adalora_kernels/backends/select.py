@@ -70,7 +70,10 @@ _PLANS: dict[tuple[str, Backend], str] = {
     ("adamw", Backend.NATIVE): "multi_tensor",
     ("allocation", Backend.NATIVE): "selection",
     ("orthogonality", Backend.NATIVE): "multi_tensor",
+    ("importance", Backend.TRITON): "multi_tensor",
+    ("adamw", Backend.TRITON): "multi_tensor",
 }
+_UNMEASURED = frozenset((op, Backend.TRITON) for op in ("importance", "adamw", "allocation", "orthogonality"))
 _NATIVE_CUDA_OPS = frozenset({"importance"})
 _PREFERENCE = {"cuda": (Backend.TRITON, Backend.NATIVE), "cpu": (Backend.NATIVE,)}
 OPS = ("svd_linear", "importance", "adamw", "allocation", "orthogonality")
@@ -180,12 +183,16 @@ def choose(
         if problem:
             raise RuntimeError(f"backend {requested.backend.value!r} can't run {op} on {device_type}: {problem}")
         chosen = selection(requested.backend, "asked for by name")
-        return chosen._replace(plan=requested.plan, plan_asked_for=requested.plan) if requested.plan else chosen
+        if requested.plan and op == "svd_linear":
+            return chosen._replace(plan=requested.plan, plan_asked_for=requested.plan)
+        return chosen
     passed_over: list[str] = []
     for backend in _PREFERENCE.get(device_type, ()):
         problem = obstacle(backend)
         if problem is None:
             reason = f"the best for {device_type} that can run"
+            if (op, backend) in _UNMEASURED:
+                reason = f"the first for {device_type} that can run; not measured against others yet"
             return selection(backend, "; ".join([reason, *passed_over]))
         passed_over.append(problem)
     return selection(Backend.REFERENCE, "; ".join(passed_over) or f"no kernels for {device_type} tensors")

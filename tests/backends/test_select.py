@@ -32,8 +32,17 @@ def test_supported_cuda_layers_never_select_the_reference(dtype: torch.dtype, ra
     assert (chosen.backend, chosen.plan) == (Backend.TRITON, BY_SHAPE)
 
 
-def test_supported_cuda_importance_never_selects_the_reference() -> None:
-    assert choose("importance", "cuda", torch.float32, 0, None, ALL).backend is Backend.NATIVE
+@pytest.mark.parametrize("op", ("importance", "adamw"))
+def test_supported_cuda_budget_engine_never_selects_the_reference(op: str) -> None:
+    chosen = choose(op, "cuda", torch.float32, 0, None, ALL)
+    assert chosen.backend is Backend.TRITON and "not measured" in chosen.reason
+    named = choose(op, "cuda", torch.float32, 0, Request(Backend.TRITON, "one_pass"), ALL)
+    assert (named.plan, named.plan_asked_for) == ("multi_tensor", None)
+
+
+def test_fp64_on_cuda() -> None:
+    assert choose("importance", "cuda", torch.float64, 0, None, ALL).backend is Backend.NATIVE
+    assert choose("adamw", "cuda", torch.float64, 0, None, ALL).backend is Backend.REFERENCE
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -60,7 +69,7 @@ def test_reason_says_what_was_passed_over() -> None:
         ("svd_linear", "cuda", torch.float32, 8, Backend.NATIVE, "native has no svd_linear for cuda"),
         ("svd_linear", "cuda", torch.float64, 8, Backend.TRITON, "not in float64"),
         ("svd_linear", "cuda", torch.float32, 129, Backend.TRITON, "up to 128, got 129"),
-        ("importance", "cpu", torch.float32, 0, Backend.TRITON, "triton has no importance"),
+        ("importance", "cuda", torch.float64, 0, Backend.TRITON, "not in float64"),
     ),
 )
 def test_named_backend_that_cannot_run_raises(
@@ -76,9 +85,7 @@ def test_variable_binds_what_its_backend_offers(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("ADALORA_KERNELS_BACKEND", "reference")
     assert all(select(op, "cpu", torch.float32, 8).backend is Backend.REFERENCE for op in OPS)
     assert select("svd_linear", "cpu", torch.float32, 8, "native").backend is Backend.NATIVE
-    monkeypatch.setenv("ADALORA_KERNELS_BACKEND", "triton")
-    assert not offers(Backend.TRITON, "importance")
-    assert select("importance", "cpu", torch.float32, 0).backend is Backend.NATIVE
+    assert not offers(Backend.NATIVE, "nonsense")
     monkeypatch.setenv("ADALORA_KERNELS_BACKEND", "nonsense")
     with pytest.raises(ValueError, match=r"got 'nonsense'"):
         select("svd_linear", "cpu", torch.float32, 8)
@@ -137,7 +144,6 @@ def test_variable_may_carry_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADALORA_KERNELS_BACKEND", "triton:one_pass")
     with pytest.raises(RuntimeError, match="backend 'triton' can't run svd_linear on cpu"):
         select("svd_linear", "cpu", torch.float32, 8)
-    assert select("importance", "cpu", torch.float32, 0).backend is Backend.NATIVE
 
 
 def test_reason_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

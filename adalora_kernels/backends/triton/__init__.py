@@ -6,7 +6,9 @@ installed ``unavailable_reason`` says so.
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,23 @@ from adalora_kernels.backends.triton.tiles import MAX_RANK, rank_padding
 from adalora_kernels.reference.svd_linear import Adapter
 
 _MIN_CAPABILITY = (8, 0)
+# The budget engine's functions, each with the module of ``engine`` that has it.
+_ENGINE = {
+    "importance_update": "importance",
+    "adamw_update": "adamw",
+    "total_norm": "norm",
+    "orthogonality": "orthogonality",
+    "orthogonality_gradients": "orthogonality",
+    "mask_to_budget": "allocation",
+    "zero_pruned": "allocation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A function of the budget engine, whose kernels are imported when it is first asked for."""
+    if name not in _ENGINE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.engine.{_ENGINE[name]}"), name)
 
 
 def unavailable_reason(device_type: str) -> str | None:

@@ -19,7 +19,9 @@ GROUPS = {
     "kernels": ("kernel_cases.py", "not test_layer"),
     "backward_plans": ("backward_plan_cases.py", ""),
     "op": ("op_cases.py", ""),
+    "engine": ("engine_cases.py", ""),
     "forward_plans": ("forward_plan_cases.py", ""),
+    "group": ("group_cases.py", ""),
 }
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -1,0 +1,60 @@
+"""AdamW of all layers, with importance in the same sweep: one launch; the kernel is in ``sweep``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adalora_kernels.backends.triton.engine.importance import check_importance, shapes_of
+from adalora_kernels.backends.triton.engine.sweep import Optimizer, sweep
+from adalora_kernels.backends.triton.engine.tables import bits_of, check, describe, words_of
+from adalora_kernels.reference.adamw import Importance
+from adalora_kernels.reference.importance import TripletLayout
+
+
+def adamw_update(
+    layout: TripletLayout,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    moments: Tensor,
+    steps: Tensor,
+    groups: Tensor,
+    settings: Tensor,
+    grad_scale: Tensor,
+    importance: Importance | None,
+) -> Tensor:
+    """One step of all adapters in one launch; see ``reference.adamw.adamw_update``.
+
+    The settings go to the device with the addresses. Bitwise repeatable. Gradients that aren't contiguous are copied.
+
+    Raises:
+        ValueError: where a shape or a device is not the layout's or the moments', or a parameter is not contiguous.
+            Nothing changes.
+        TypeError: where a dtype is none that the kernel reads.
+    """
+    device = moments.device
+    count = len(layout.sizes)
+    check("moments", moments, torch.float32, 2 * layout.total_elements, device)
+    check("steps", steps, torch.float32, count, device)
+    check("groups", groups, torch.int64, count, device)
+    check("grad_scale", grad_scale, torch.float64, 1, device)
+    if settings.dtype != torch.float64 or settings.device.type != "cpu" or settings.shape[1:] != (5,):
+        raise ValueError(f"settings: expected float64 [groups, 5] on cpu, got {describe(settings)}")
+    if importance is not None:
+        check_importance(layout, importance, device)
+    shapes = shapes_of(layout)
+    param_words, held_params = words_of("params", params, shapes, device)
+    if any(held is not param for held, param in zip(held_params, params, strict=True)):
+        raise ValueError("params: expected contiguous tensors")
+    grad_words, held_grads = words_of("grads", grads, shapes, device)
+    numbers = [bits_of(value) for row in settings.tolist() for value in row]
+    optimizer = Optimizer(moments, steps, groups, grad_scale, numbers)
+    taken = sweep(layout, param_words, grad_words, device, importance, optimizer)
+    del held_grads
+    torch.autograd.graph.increment_version(params)
+    return taken
+
+
+__all__ = ["adamw_update"]

@@ -1,0 +1,58 @@
+"""Importance of all layers in one launch; the kernel is in ``sweep``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from adalora_kernels.backends.triton.engine.sweep import sweep
+from adalora_kernels.backends.triton.engine.tables import check, words_of
+from adalora_kernels.reference.adamw import Importance
+from adalora_kernels.reference.importance import TripletLayout
+
+
+def importance_update(
+    layout: TripletLayout,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    state: Tensor,
+    half: Tensor,
+    scores: Tensor,
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    """One step of the averages of all layers in one launch; see ``reference.importance.importance_update``.
+
+    Bitwise repeatable. Parameters and gradients that aren't contiguous are copied.
+
+    Raises:
+        ValueError: where a shape or a device is not the layout's or the state's. Nothing changes.
+        TypeError: where a dtype is none that the kernel reads.
+    """
+    importance = Importance(state, half, scores, beta1, beta2, False)
+    check_importance(layout, importance, state.device)
+    shapes = shapes_of(layout)
+    param_words, held_params = words_of("params", params, shapes, state.device)
+    grad_words, held_grads = words_of("grads", grads, shapes, state.device)
+    taken = sweep(layout, param_words, grad_words, state.device, importance, None)
+    del held_params, held_grads
+    return taken
+
+
+def check_importance(layout: TripletLayout, importance: Importance, device: torch.device) -> None:
+    """Hold the averages, the half and the scores to the layout; errors as in ``tables.check``."""
+    check("state", importance.state, torch.float32, 4 * layout.total_elements, device)
+    check("half", importance.half, torch.int32, 1, device)
+    check("scores", importance.scores, torch.float32, layout.total_rank, device)
+
+
+@lru_cache(maxsize=16)
+def shapes_of(layout: TripletLayout) -> list[tuple[int, int]]:
+    """Of the 3n parameters."""
+    return [shape for r, k, n in layout.shapes for shape in ((r, k), (r, 1), (n, r))]
+
+
+__all__ = ["check_importance", "importance_update", "shapes_of"]

@@ -1,0 +1,438 @@
+"""One sweep over all adapters of a model: the step of AdamW, of the averages Ī and Ū, and the score of every triplet.
+
+    I = |θ g|,  Ī ← β₁ Ī + (1-β₁) I,  Ū ← β₂ Ū + (1-β₂) |I - Ī|,  s = Ī Ū
+    S_i = s(E_i) + mean_k s(A_ik) + mean_j s(B_ji)
+
+Importance alone reads θ, g, Ī, Ū and writes the other half of Ī, Ū: 24 bytes an element in fp32. With AdamW it reads
+and writes both moments and writes θ too: 44 bytes.
+
+A program takes an item: some triplets of one of a layer's parameters, and a range of their elements. It leaves a sum of
+s for each. The last program of a layer adds them up in a fixed order, the last of all commits the scores and turns to
+the new half if every s was finite. No float is added atomically and no product contracted, so results are bitwise
+repeatable and follow the CPU's to rounding.
+"""
+
+# mypy: allow-untyped-defs
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adalora_kernels.backends.triton.engine.items import A_ROWS, ITEM_ROW, LAYER_ROW, items_of
+from adalora_kernels.backends.triton.engine.operands import advanced, as_stored, read, write
+from adalora_kernels.backends.triton.engine.tables import are_aligned, on_device
+from adalora_kernels.backends.triton.launch import launch
+from adalora_kernels.backends.triton.tickets import arrives_last, workspace
+from adalora_kernels.reference.adamw import Importance
+from adalora_kernels.reference.importance import TripletLayout
+
+_TILE = {True: 1024, False: 512}  # elements in flight at a time in a program, by whether they are loaded in fours
+_LAYER_ROW = tl.constexpr(LAYER_ROW)
+_ITEM_ROW = tl.constexpr(ITEM_ROW)
+_SETTINGS = tl.constexpr(5)  # lr, weight decay, β₁, β₂, ε
+_SUMS = tl.constexpr(512)  # of a layer, in flight at a time
+_INFINITY = tl.constexpr(0x7F800000)  # its bits in fp32; those of NaN are above
+
+
+class Optimizer(NamedTuple):
+    """The state of AdamW; see ``reference.adamw.adamw_update``. ``settings`` are the bits of its fp64 rows."""
+
+    moments: Tensor
+    steps: Tensor
+    groups: Tensor
+    grad_scale: Tensor
+    settings: list[int]
+
+
+@triton.jit
+def _adamw_constants(settings_ptr, group, t):
+    """What all elements of a parameter share in its t-th step, in fp64 and then fp32, as csrc/common/adamw.h has it."""
+    row_ptr = settings_ptr + group * _SETTINGS
+    lr = tl.load(row_ptr).to(tl.float64, bitcast=True)
+    decay = tl.load(row_ptr + 1).to(tl.float64, bitcast=True)
+    beta1 = tl.load(row_ptr + 2).to(tl.float64, bitcast=True)
+    beta2 = tl.load(row_ptr + 3).to(tl.float64, bitcast=True)
+    eps = tl.load(row_ptr + 4).to(tl.float64, bitcast=True)
+    step_size = lr / (1.0 - tl.exp(tl.log(beta1) * t))
+    root = tl.sqrt(1.0 - tl.exp(tl.log(beta2) * t))
+    keep = 1.0 - lr * decay
+    return (
+        keep.to(tl.float32),
+        (1.0 - beta1).to(tl.float32),
+        beta2.to(tl.float32),
+        (1.0 - beta2).to(tl.float32),
+        step_size.to(tl.float32),
+        root.to(tl.float32),
+        eps.to(tl.float32),
+    )
+
+
+@triton.jit
+def _adamw(theta, g, moment_ptrs, square_ptrs, mask, constants):
+    """Step both moments; returns the new θ."""
+    keep, rest1, beta2, rest2, step_size, root, eps = constants
+    moment = tl.load(moment_ptrs, mask=mask, other=0.0)
+    square = tl.load(square_ptrs, mask=mask, other=0.0)
+    moment += rest1 * (g - moment)
+    square = beta2 * square + rest2 * g * g
+    tl.store(moment_ptrs, moment, mask=mask)
+    tl.store(square_ptrs, square, mask=mask)
+    denominator = tl.div_rn(tl.sqrt_rn(square), tl.zeros_like(square) + root) + eps
+    return theta * keep - step_size * tl.div_rn(moment, denominator)
+
+
+@triton.jit
+def _step(
+    param,
+    grad,
+    at,
+    inside,
+    given,
+    moments,
+    averages,
+    constants,
+    smoothing,
+    ADAMW: tl.constexpr,
+    IMPORTANCE: tl.constexpr,
+    PRE_STEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Update the elements ``at`` of one parameter; returns their s, 0 where not ``inside``.
+
+    ``given``: inside, and there is a gradient. ``moments``: pointers to the first and the second. ``averages``: to Ī
+    and Ū, then to the new ones.
+    """
+    theta = read(param, at, given, ALIGNED)
+    g = read(grad, at, given, ALIGNED)
+    s = tl.zeros_like(g)
+    if ADAMW:
+        scale, shared = constants
+        moment_ptr, square_ptr = moments
+        g *= scale
+        after = _adamw(theta, g, moment_ptr + at, square_ptr + at, given, shared)
+        write(param, at, after, given, ALIGNED)
+        if not PRE_STEP:
+            theta = as_stored(param, after)
+    if IMPORTANCE:
+        average_ptr, uncertainty_ptr, new_average_ptr, new_uncertainty_ptr = averages
+        beta1, rest1, beta2, rest2 = smoothing
+        average = tl.load(average_ptr + at, mask=inside, other=0.0)
+        uncertainty = tl.load(uncertainty_ptr + at, mask=inside, other=0.0)
+        sensitivity = tl.abs(theta * g)
+        new_average = beta1 * average + rest1 * sensitivity
+        new_uncertainty = beta2 * uncertainty + rest2 * tl.abs(sensitivity - new_average)
+        average = tl.where(given, new_average, average)
+        uncertainty = tl.where(given, new_uncertainty, uncertainty)
+        tl.store(new_average_ptr + at, average, mask=inside)
+        tl.store(new_uncertainty_ptr + at, uncertainty, mask=inside)
+        s = average * uncertainty
+    return s
+
+
+@triton.jit
+def _sweep_item(
+    param,
+    grad,
+    has_grad,
+    triplets,
+    positions,
+    triplet_stride,
+    position_stride,
+    sum_ptr,
+    overflow_ptr,
+    moments,
+    averages,
+    constants,
+    smoothing,
+    POSITION_AXIS: tl.constexpr,
+    TRIPLETS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    ADAMW: tl.constexpr,
+    IMPORTANCE: tl.constexpr,
+    PRE_STEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Update up to TRIPLETS triplets at all positions of an item, and store their sums of s.
+
+    The tile is [TRIPLETS, POSITIONS] where positions are the axis 1, as in A, else its transpose, as in B. Where some
+    s is not finite the overflow flag is set.
+    """
+    i = tl.arange(0, TRIPLETS)
+    across = tl.expand_dims(i, POSITION_AXIS)
+    total = tl.zeros((TRIPLETS, POSITIONS) if POSITION_AXIS == 1 else (POSITIONS, TRIPLETS), tl.float32)
+    largest = total.to(tl.int32)
+    for start in range(0, positions, POSITIONS):
+        along = tl.expand_dims(start + tl.arange(0, POSITIONS), 1 - POSITION_AXIS)
+        inside = (across < triplets) & (along < positions)
+        at = across * triplet_stride + along * position_stride
+        s = _step(
+            param,
+            grad,
+            at,
+            inside,
+            inside & has_grad,
+            moments,
+            averages,
+            constants,
+            smoothing,
+            ADAMW,
+            IMPORTANCE,
+            PRE_STEP,
+            ALIGNED,
+        )
+        total += s
+        largest = tl.maximum(largest, s.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    if IMPORTANCE:
+        tl.store(sum_ptr + i, tl.sum(total, axis=POSITION_AXIS), mask=i < triplets)
+        if tl.max(largest) >= _INFINITY:
+            tl.atomic_or(overflow_ptr, 1, sem="relaxed")
+
+
+@triton.jit
+def _total(sums_ptr, slots, i, R, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The sums [slots, R] of the triplets i over their slots, fp64 [BLOCK_R]."""
+    slot = tl.arange(0, BLOCK_S)
+    total = tl.zeros((BLOCK_R,), tl.float64)
+    for first in range(0, slots, BLOCK_S):
+        at = (first + slot)[:, None] * R + i[None, :]
+        inside = (first + slot < slots)[:, None] & (i < R)[None, :]
+        total += tl.sum(tl.load(sums_ptr + at, mask=inside, other=0.0).to(tl.float64), axis=0)
+    return total
+
+
+@triton.jit
+def _score(sums_ptr, scores_ptr, R, inverse_k, inverse_n, slots_a, slots_b, BLOCK_R: tl.constexpr):
+    """S of a layer's triplets, from the sums that its items left: [slots_a, R] of A, [R] of E, [slots_b, R] of B."""
+    for first in range(0, R, BLOCK_R):
+        i = first + tl.arange(0, BLOCK_R)
+        a = _total(sums_ptr, slots_a, i, R, _SUMS // BLOCK_R, BLOCK_R)
+        e = tl.load(sums_ptr + slots_a * R + i, mask=i < R, other=0.0).to(tl.float64)
+        b = _total(sums_ptr + (slots_a + 1) * R, slots_b, i, R, _SUMS // BLOCK_R, BLOCK_R)
+        score = e + (a * inverse_k + b * inverse_n)
+        tl.store(scores_ptr + i, score.to(tl.float32), mask=i < R)
+
+
+@triton.jit
+def _commit(overflow_ptr, half_ptr, scores_ptr, pending_ptr, total_rank, taken_ptr):
+    """Take the new half and scores unless some s was not finite, and say so."""
+    finite = tl.atomic_xchg(overflow_ptr, 0, sem="relaxed") == 0
+    if finite:
+        for first in range(0, total_rank, 1024):
+            i = first + tl.arange(0, 1024)
+            tl.store(scores_ptr + i, tl.load(pending_ptr + i, mask=i < total_rank), mask=i < total_rank)
+        tl.store(half_ptr, 1 - tl.load(half_ptr))
+    tl.store(taken_ptr, finite)
+
+
+@triton.jit
+def _count_step(grads_ptr, steps_ptr, R):
+    """One more step of those of a layer's parameters that have a gradient."""
+    part = tl.arange(0, 4)
+    stepped = (part < 3) & (R > 0)
+    stepped &= tl.load(grads_ptr + part, mask=stepped, other=0) != 0
+    tl.store(steps_ptr + part, tl.load(steps_ptr + part, mask=stepped, other=0.0) + 1.0, mask=stepped)
+
+
+@triton.jit
+def _at(pointer, offset, ALIGNED: tl.constexpr):
+    pointer += offset
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit(do_not_specialize=["elements", "total_rank", "layers"])
+def _sweep_kernel(
+    layers_ptr,
+    items_ptr,
+    words_ptr,
+    moments_ptr,
+    steps_ptr,
+    groups_ptr,
+    scale_ptr,
+    state_ptr,
+    half_ptr,
+    scores_ptr,
+    pending_ptr,
+    sums_ptr,
+    taken_ptr,
+    workspace_ptr,
+    elements,
+    total_rank,
+    layers,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    ADAMW: tl.constexpr,
+    IMPORTANCE: tl.constexpr,
+    PRE_STEP: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    A_ROWS: tl.constexpr,
+    A_COLUMNS: tl.constexpr,
+    PIECE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    B_ROWS: tl.constexpr,
+    SLAB: tl.constexpr,
+):
+    """``words``: of all parameters, of all gradients, then the settings. ``workspace``: the ticket of all layers,
+    whether any s was not finite, and a ticket for each layer."""
+    item_ptr = items_ptr + tl.program_id(0) * _ITEM_ROW
+    layer = tl.load(item_ptr)
+    part = tl.load(item_ptr + 1)
+    triplet = tl.load(item_ptr + 2)
+    position = tl.load(item_ptr + 3)
+    layer_ptr = layers_ptr + layer * _LAYER_ROW
+    R = tl.load(layer_ptr)
+    K = tl.load(layer_ptr + 1)
+    N = tl.load(layer_ptr + 2)
+    first = tl.load(layer_ptr + 3)
+    first_triplet = tl.load(layer_ptr + 4)
+    first_sum = tl.load(layer_ptr + 5)
+    items_of_layer = tl.load(layer_ptr + 6)
+    if ALIGNED:
+        R = tl.multiple_of(R, 4)
+        K = tl.multiple_of(K, 4)
+
+    tensor = 3 * layer + part
+    slots_a = tl.cdiv(K, PIECE)
+    slots_b = tl.cdiv(N, SLAB)
+    length = tl.where(part == 0, K, tl.where(part == 1, 1, N))
+    begin = tl.where(part == 0, triplet * K + position, position * R + triplet)
+    slot = tl.where(part == 0, position // PIECE, slots_a + tl.where(part == 1, 0, 1 + position // SLAB))
+    offset = first + tl.where(part == 0, 0, R * K) + tl.where(part == 2, R, 0) + begin
+    param = advanced(tl.load(words_ptr + tensor), begin)
+    grad = tl.load(words_ptr + 3 * layers + tensor)
+    has_grad = grad != 0
+    grad = advanced(grad, begin)
+    moments = None
+    averages = None
+    constants = None
+    sum_ptr = None
+    if ADAMW:
+        moments = (_at(moments_ptr, offset, ALIGNED), _at(moments_ptr, elements + offset, ALIGNED))
+        scale = tl.load(scale_ptr).to(tl.float32)
+        t = tl.load(steps_ptr + tensor).to(tl.float64) + 1.0
+        constants = (scale, _adamw_constants(words_ptr + 6 * layers, tl.load(groups_ptr + tensor), t))
+    if IMPORTANCE:
+        half = tl.load(half_ptr).to(tl.int64)
+        old, new = half * 2 * elements + offset, (1 - half) * 2 * elements + offset
+        averages = (
+            _at(state_ptr, old, ALIGNED),
+            _at(state_ptr, old + elements, ALIGNED),
+            _at(state_ptr, new, ALIGNED),
+            _at(state_ptr, new + elements, ALIGNED),
+        )
+        sums_ptr += first_sum
+        sum_ptr = sums_ptr + slot * R + triplet
+    smoothing = (beta1, rest1, beta2, rest2)
+    triplets = (R - triplet).to(tl.int32)
+    left = (length - position).to(tl.int32)
+    if ALIGNED:
+        triplets = tl.multiple_of(triplets, 4)
+    if part == 0:
+        positions = min(left, PIECE)
+        if ALIGNED:
+            positions = tl.multiple_of(positions, 4)
+        _sweep_item(
+            param, grad, has_grad, triplets, positions, K.to(tl.int32), 1, sum_ptr, workspace_ptr + 1, moments,
+            averages, constants, smoothing, 1, A_ROWS, A_COLUMNS, ADAMW, IMPORTANCE, PRE_STEP, ALIGNED,
+        )  # fmt: skip
+    else:
+        _sweep_item(
+            param, grad, has_grad, triplets, min(left, SLAB), 1, R.to(tl.int32), sum_ptr, workspace_ptr + 1, moments,
+            averages, constants, smoothing, 0, BLOCK_R, B_ROWS, ADAMW, IMPORTANCE, PRE_STEP, ALIGNED,
+        )  # fmt: skip
+
+    if arrives_last(workspace_ptr + 2 + layer, items_of_layer):
+        if ADAMW:
+            _count_step(words_ptr + 3 * (layers + layer), steps_ptr + 3 * layer, R)
+        if IMPORTANCE:
+            inverse_k = tl.load(layer_ptr + 7).to(tl.float64, bitcast=True)
+            inverse_n = tl.load(layer_ptr + 8).to(tl.float64, bitcast=True)
+            _score(sums_ptr, pending_ptr + first_triplet, R, inverse_k, inverse_n, slots_a, slots_b, BLOCK_R)
+        if arrives_last(workspace_ptr, layers):
+            if IMPORTANCE:
+                _commit(workspace_ptr + 1, half_ptr, scores_ptr, pending_ptr, total_rank, taken_ptr)
+            else:
+                tl.store(taken_ptr, True)
+
+
+def sweep(
+    layout: TripletLayout,
+    params: list[int],
+    grads: list[int],
+    device: torch.device,
+    importance: Importance | None,
+    optimizer: Optimizer | None,
+) -> Tensor:
+    """Launch it over checked tensors.
+
+    Args:
+        layout: where everything lies.
+        params, grads: the words of the 3n parameters and gradients.
+        device: of all of them.
+        importance: what to update of the averages, all fp32; None for nothing.
+        optimizer: of AdamW; None for importance alone.
+
+    Returns:
+        bool [1]: whether every new s was finite, that is, whether the averages' update was taken.
+    """
+    items = items_of(layout, device)
+    layers = len(layout.shapes)
+    words = on_device(("sweep", layout), params + grads + ([] if optimizer is None else optimizer.settings), device)
+    state, half, scores, beta1, beta2, pre_step = importance or (None, None, None, 0.0, 0.0, False)
+    moments, steps, groups, scale = (None,) * 4 if optimizer is None else optimizer[:4]
+    sums = pending = None
+    if importance is not None:
+        sums = torch.empty(items.sum_count, dtype=torch.float32, device=device)
+        pending = torch.empty(layout.total_rank, dtype=torch.float32, device=device)
+    taken = torch.empty(1, dtype=torch.bool, device=device)
+    addresses = [t.data_ptr() for t in (state, moments) if t is not None]
+    fours = items.fours and are_aligned([*params, *grads, *addresses])
+    tile = _TILE[fours]
+    launch(
+        _sweep_kernel,
+        (items.item_count,),
+        items.layers,
+        items.items,
+        words,
+        moments,
+        steps,
+        groups,
+        scale,
+        state,
+        half,
+        scores,
+        pending,
+        sums,
+        taken,
+        workspace(device, 1 + layers),
+        layout.total_elements,
+        layout.total_rank,
+        layers,
+        float(beta1),
+        1.0 - beta1,
+        float(beta2),
+        1.0 - beta2,
+        ADAMW=optimizer is not None,
+        IMPORTANCE=importance is not None,
+        PRE_STEP=bool(pre_step),
+        ALIGNED=fours,
+        A_ROWS=A_ROWS,
+        A_COLUMNS=tile // A_ROWS,
+        PIECE=items.piece,
+        BLOCK_R=items.block_r,
+        B_ROWS=tile // items.block_r,
+        SLAB=items.slab,
+        num_warps=4,
+        num_stages=1,
+        enable_fp_fusion=False,
+        maxnreg=128,
+    )
+    return taken
+
+
+__all__ = ["Optimizer", "sweep"]

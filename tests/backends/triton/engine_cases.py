@@ -1,0 +1,284 @@
+"""The budget engine on Triton against its specification, case by case: run by ``test_kernels.py`` in its own process.
+
+To debug one: ``TRITON_INTERPRET=1 pytest tests/backends/triton/engine_cases.py -k <case>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from adalora_kernels.backends import triton as backend
+from adalora_kernels.backends.triton.engine import tables
+from adalora_kernels.reference import adamw, importance
+from adalora_kernels.reference.importance import TripletLayout
+from adalora_kernels.testing.tolerances import assert_within_budget
+
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+SETTINGS = [[3e-3, 0.02, 0.9, 0.999, 1e-8], [1e-2, 0.0, 0.8, 0.98, 1e-6]]
+# Layers without rank, rows that end in mid-tile, several pieces of a row of A, several slabs of B.
+RAGGED = ((12, 300, 70), (0, 5, 7), (3, 2500, 33), (5, 31, 2100))
+EVEN = ((16, 320, 600), (4, 64, 8))  # loaded in fours
+WIDE = ((130, 20, 9), (1, 1, 1))  # more triplets than an item of B takes
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a launcher allocates holds NaN until a kernel writes it."""
+    allocate = torch.empty
+
+    def empty(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.dtype.is_floating_point else tensor
+
+    monkeypatch.setattr(torch, "empty", empty)
+    yield
+
+
+def random_like(shapes: list[tuple[int, int]], dtypes: tuple[torch.dtype, ...], seed: int) -> list[Tensor]:
+    """Normal numbers; tensors take the dtypes in turn."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(s, generator=generator) for s in shapes]
+    return [t.to(DEVICE, dtypes[(i + seed) % len(dtypes)]) for i, t in enumerate(drawn)]
+
+
+class Run:
+    """Parameters and all state of one optimizer, stepped by one implementation."""
+
+    def __init__(
+        self, shapes: tuple[tuple[int, int, int], ...], dtypes: tuple[torch.dtype, ...], pre_step: bool = False
+    ) -> None:
+        self.layout = TripletLayout(shapes)
+        self.shapes = [shape for r, k, n in shapes for shape in ((r, k), (r, 1), (n, r))]
+        self.params = random_like(self.shapes, dtypes, 0)
+        self.wide(torch.float32, pre_step)
+
+    def wide(self, dtype: torch.dtype, pre_step: bool) -> None:
+        """Fresh state in ``dtype``."""
+        elements, count = self.layout.total_elements, len(self.shapes)
+        zeros = {"dtype": dtype, "device": DEVICE}
+        self.moments = torch.zeros(2, elements, **zeros)
+        self.steps = torch.zeros(count, device=DEVICE)
+        self.groups = torch.arange(count, device=DEVICE) % len(SETTINGS)
+        self.importance = adamw.Importance(
+            torch.zeros(2, 2, elements, **zeros),
+            torch.zeros(1, dtype=torch.int32, device=DEVICE),
+            torch.zeros(self.layout.total_rank, **zeros),
+            0.85,
+            0.75,
+            pre_step,
+        )
+
+    def exact(self) -> Run:
+        """The same in fp64."""
+        twin = Run(self.layout.shapes, (torch.float32,))
+        twin.params = [p.double() for p in self.params]
+        twin.wide(torch.float64, self.importance.pre_step)
+        return twin
+
+    def update(self, module: Any, grads: list[Any]) -> bool:
+        """Importance alone."""
+        i = self.importance
+        arguments = (self.layout, self.params, grads, i.state, i.half, i.scores, i.beta1, i.beta2)
+        return bool(module.importance_update(*arguments).item())
+
+    def step(self, module: Any, grads: list[Any], scale: float = 1.0, scored: bool = True) -> bool:
+        """AdamW, with importance where ``scored``."""
+        finite = module.adamw_update(
+            self.layout, self.params, grads, self.moments, self.steps, self.groups,
+            torch.tensor(SETTINGS, dtype=torch.float64), torch.tensor([scale], dtype=torch.float64, device=DEVICE),
+            self.importance if scored else None,
+        )  # fmt: skip
+        return bool(finite.item())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a step may change, the averages in their current half."""
+        state, half, scores, *_ = self.importance
+        named = {"moments": self.moments, "averages": state[int(half)], "scores": scores}
+        return named | {f"param {i}": p for i, p in enumerate(self.params)}
+
+
+def widened(grads: list[Any]) -> list[Any]:
+    return [None if g is None else g.double() for g in grads]
+
+
+def compare(ours: Run, same: Run, exact: Run) -> None:
+    """Within the budget; 16-bit parameters, which each side has rounded, within two roundings of each other."""
+    assert torch.equal(ours.steps, same.steps) and torch.equal(ours.importance.half, same.importance.half)
+    for name, got in ours.tensors.items():
+        if got.dtype == torch.float32:
+            assert_within_budget(name, got, same.tensors[name], exact.tensors[name])
+        else:
+            torch.testing.assert_close(got, same.tensors[name])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtypes"),
+    [(RAGGED, (FLOAT32,)), (RAGGED, (FLOAT32, BFLOAT16, FLOAT16)), (EVEN, (FLOAT32, BFLOAT16)), (WIDE, (FLOAT32,))],
+    ids=["ragged", "ragged mixed", "even mixed", "wide"],
+)
+def test_importance(shapes: Any, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Two steps, gradients missing in the second; dtypes of parameters and gradients differ."""
+    ours, same = Run(shapes, dtypes), Run(shapes, dtypes)
+    exact = ours.exact()
+    for seed in (1, 2):
+        grads: list[Any] = random_like(ours.shapes, dtypes, seed)
+        if seed == 2:
+            grads[0] = grads[-1] = None
+        assert (
+            ours.update(backend, grads) and same.update(importance, grads) and exact.update(importance, widened(grads))
+        )
+    compare(ours, same, exact)
+
+
+def test_strided_tensors_are_copied() -> None:
+    ours, same = Run(EVEN, (FLOAT32,)), Run(EVEN, (FLOAT32,))
+    grads = random_like(ours.shapes, (FLOAT32,), 1)
+    ours.params = [p.t().contiguous().t() for p in ours.params]
+    strided = [torch.stack([g, g], -1)[..., 0] for g in grads]
+    assert ours.update(backend, strided) and same.update(backend, grads)
+    assert torch.equal(ours.importance.scores, same.importance.scores)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+def test_overflow_leaves_no_trace(poison: float) -> None:
+    """In any kind of item, at either end; 1e30 is finite, but its importance is not. The next step is as ever."""
+    run = Run(((5, 33, 20), (0, 5, 5), (3, 40, 7)), (FLOAT32,))
+    first, last = (random_like(run.shapes, (FLOAT32,), seed) for seed in (1, 2))
+    assert run.update(backend, first)
+    before = {name: value.clone() for name, value in run.tensors.items()}
+    for tensor, place in ((0, 0), (1, -1), (2, -1), (6, -1), (8, 0)):
+        grads = [g.clone() for g in last]
+        grads[tensor].view(-1)[place] = poison
+        assert not run.update(backend, grads) and int(run.importance.half) == 1
+        assert all(torch.equal(value, before[name]) for name, value in run.tensors.items())
+    straight = Run(run.layout.shapes, (FLOAT32,))
+    assert run.update(backend, last) and straight.update(backend, first) and straight.update(backend, last)
+    assert all(torch.equal(value, straight.tensors[name]) for name, value in run.tensors.items())
+
+
+def test_model_without_rank() -> None:
+    run = Run(((0, 5, 7),), (FLOAT32,))
+    assert run.update(backend, random_like(run.shapes, (FLOAT32,), 1)) and int(run.importance.half) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({("params", 0): torch.zeros(33, 5)}, ValueError, r"params\[0\]: expected shape \[5, 33\]"),
+        ({("grads", 2): torch.zeros(20, 4)}, ValueError, r"grads\[2\]: expected shape \[20, 5\]"),
+        ({("grads", 0): torch.zeros(5, 33, dtype=torch.float64)}, TypeError, r"grads\[0\].*float64"),
+        ({("grads", 0): torch.zeros(5, 33, device="meta")}, ValueError, r"grads\[0\].* on meta"),
+        ({"grads": []}, ValueError, "grads: expected 3 tensors, got 0"),
+        ({"state": torch.zeros(2, 2, 5)}, ValueError, "state: expected"),
+        ({"half": torch.zeros(1, dtype=torch.int64)}, TypeError, "half: expected"),
+        ({"scores": torch.zeros(5, dtype=torch.float64)}, TypeError, "scores: expected"),
+        ({"scores": torch.zeros(6)}, ValueError, "scores: expected"),
+    ],
+)
+def test_importance_refuses(change: dict[Any, Any], error: type[Exception], message: str) -> None:
+    run = Run(((5, 33, 20),), (FLOAT32,))
+    arguments: dict[str, Any] = {"layout": run.layout, "params": run.params, **run.importance._asdict()}
+    arguments["grads"] = random_like(run.shapes, (FLOAT32,), 1)
+    del arguments["pre_step"]
+    for key, value in change.items():
+        value = value.to(DEVICE) if isinstance(value, Tensor) and value.device.type != "meta" else value
+        if isinstance(key, tuple):
+            arguments[key[0]][key[1]] = value
+        else:
+            arguments[key] = value
+    with pytest.raises(error, match=message):
+        backend.importance_update(**arguments)
+    assert not run.importance.state.any() and not run.importance.half.any()
+
+
+@pytest.mark.parametrize("pre_step", [False, True], ids=["post_step", "pre_step"])
+@pytest.mark.parametrize(
+    ("shapes", "dtypes"),
+    [(((12, 90, 70), (0, 5, 7), (3, 50, 33)), (FLOAT32,)), (EVEN, (FLOAT32,)), (EVEN, (BFLOAT16, FLOAT16, FLOAT32))],
+    ids=["ragged", "even", "mixed"],
+)
+def test_adamw(shapes: Any, dtypes: tuple[torch.dtype, ...], pre_step: bool) -> None:
+    """Three steps: a missing gradient, clipped gradients, one without importance."""
+    ours, same = Run(shapes, dtypes, pre_step), Run(shapes, dtypes, pre_step)
+    exact = ours.exact()
+    for seed in range(3):
+        grads: list[Any] = random_like(ours.shapes, dtypes, seed)
+        if seed:
+            grads[seed] = None
+        for run, module, given in ((ours, backend, grads), (same, adamw, grads), (exact, adamw, widened(grads))):
+            assert run.step(module, given, scale=0.7 if seed == 1 else 1.0, scored=seed != 1)
+        if len(dtypes) > 1:  # rounded parameters are what the next step starts from, on all sides
+            for p, q, wide in zip(ours.params, same.params, exact.params, strict=True):
+                torch.testing.assert_close(p, q)
+                p.copy_(q)
+                wide.copy_(q)
+    compare(ours, same, exact)
+
+
+def test_overflow_in_adamw_leaves_the_averages() -> None:
+    run = Run(((5, 33, 20),), (FLOAT32,))
+    grads = random_like(run.shapes, (FLOAT32,), 1)
+    assert run.step(backend, grads)
+    before = run.tensors["averages"].clone(), run.importance.scores.clone()
+    grads[0][0, 0] = torch.inf
+    assert not run.step(backend, grads) and int(run.importance.half) == 1 and run.steps.tolist() == [2.0] * 3
+    assert torch.equal(run.tensors["averages"], before[0]) and torch.equal(run.importance.scores, before[1])
+
+
+def test_adamw_refuses() -> None:
+    run = Run(((5, 33, 20),), (FLOAT32,))
+    grads = random_like(run.shapes, (FLOAT32,), 1)
+    kept = [p.clone() for p in run.params]
+    with pytest.raises(ValueError, match=r"grads\[0\]: expected shape"):
+        run.step(backend, [grads[0].t(), *grads[1:]])
+    run.params[0] = run.params[0].t().contiguous().t()
+    with pytest.raises(ValueError, match="params: expected contiguous"):
+        run.step(backend, grads)
+    run.steps = run.steps.double()
+    with pytest.raises(TypeError, match=r"steps: expected torch\.float32"):
+        run.step(backend, grads)
+    assert not run.moments.any() and all(torch.equal(p, q) for p, q in zip(run.params, kept, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_total_norm(dtype: torch.dtype) -> None:
+    tensors = random_like([(3, 5), (0, 4), (700, 33), (1, 1), (128, 256)], (dtype, FLOAT32), 0)
+    tensors.append(tensors[0].t())
+    torch.testing.assert_close(backend.total_norm(tensors), adamw.total_norm(tensors), rtol=1e-6, atol=0)
+    assert torch.equal(backend.total_norm(tensors), backend.total_norm(tensors))
+    assert backend.total_norm([tensors[1]]).tolist() == [0.0]
+    with pytest.raises(TypeError, match=r"tensors\[0\].*float64"):
+        backend.total_norm([tensors[0].double()])
+
+
+def test_tables_are_copied_when_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for new numbers and not at all for the same ones; each copy from a buffer that no other copy reads."""
+    staged: list[Tensor] = []
+    copy = tables._copy
+
+    def spied(numbers: list[int], staging: Tensor, target: Tensor) -> None:
+        staged.append(staging)
+        copy(numbers, staging, target)
+
+    monkeypatch.setattr(tables, "_copy", spied)
+    device = torch.zeros(0, device=DEVICE).device
+    for numbers in ([1, 2, 3], [1, 2, 3], [1, 2, -4], [5], [5]):
+        assert tables.on_device("case", list(numbers), device).tolist() == numbers
+    assert len({s.data_ptr() for s in staged}) == len(staged) == 3
+    tables.on_device("another", [5], device)
+    assert len(staged) == 4
+
+
+def test_words() -> None:
+    tensor = torch.zeros(4, 4, dtype=BFLOAT16, device=DEVICE)
+    words, held = tables.words_of("x", [tensor, None], [(4, 4), (1, 1)], tensor.device)
+    assert words == [tensor.data_ptr() | tables.CODES[BFLOAT16] << tables.ADDRESS_BITS, 0] and held == [tensor]
+    assert tables.are_aligned(words) and not tables.are_aligned([words[0] + 8])
