@@ -145,10 +145,11 @@ def _sizes(layout: TripletLayout) -> Tensor:
 
 
 def mask_to_budget(
-    scores: Tensor, lora_E: Sequence[Tensor], budget: int, live: Tensor, enabled: Tensor | None = None
+    scores: Tensor, lora_E: Sequence[Tensor], budget: int | Tensor, live: Tensor, enabled: Tensor | None = None
 ) -> Tensor:
     """Zero E at or below the (total - budget)-th smallest score; see ``reference.allocation.mask_to_budget``."""
     ops = _ops("cpu")
+    budget = int(budget)  # a tensor's is here to read: on the CPU nothing waits
     if scores.dtype not in (torch.float32, torch.float64) or scores.dim() != 1:
         raise TypeError(f"scores: expected 1-d float32 or float64, got {_describe(scores)}")
     if budget < 0:

@@ -13,7 +13,7 @@ from adalora_kernels.backends.select import Backend, implementation, select
 def mask_to_budget(
     scores: Tensor,
     lora_E: Sequence[Tensor],
-    budget: int,
+    budget: int | Tensor,
     live: Tensor,
     enabled: Tensor | None = None,
     *,
@@ -22,10 +22,18 @@ def mask_to_budget(
     """Zero E of the lowest-scoring triplets; see ``reference.allocation.mask_to_budget``.
 
     Raises:
-        ValueError: the scores, the pattern and the singular values don't belong together, or the budget is negative.
+        ValueError: the scores, the pattern and the singular values don't belong together, or the budget is a negative
+            number (of a tensor only dtype, size and device are looked at).
         RuntimeError: the backend asked for can't run.
     """
-    if budget < 0:
+    if isinstance(budget, Tensor):
+        integer = budget.dtype in (torch.int32, torch.int64)
+        if not integer or budget.numel() != 1 or budget.device != scores.device:
+            raise ValueError(
+                f"budget: expected an int32 or int64 on {scores.device}, got {budget.dtype} {list(budget.shape)} on "
+                f"{budget.device}"
+            )
+    elif budget < 0:
         raise ValueError(f"budget: expected at least 0, got {budget}")
     if scores.dim() != 1:
         raise ValueError(f"scores: expected [total rank], got {list(scores.shape)}")

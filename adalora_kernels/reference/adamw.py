@@ -54,7 +54,7 @@ def adamw_update(
         moments: [2, total_elements], m and v, fp32 (fp64 for fp64 parameters). Updated in place.
         steps: float32 [3n], how often each parameter was stepped. Updated in place.
         groups: int64 [3n], each parameter's row of ``settings``.
-        settings: fp64 [groups, 5] on the CPU: lr, weight decay, β₁, β₂, ε.
+        settings: fp64 [groups, 5] on the parameters' device: lr, weight decay, β₁, β₂, ε.
         grad_scale: fp64 [1], what gradients are multiplied by before anything else (clipping, unscaling).
         importance: what to update of the averages; None for nothing.
 
@@ -68,14 +68,15 @@ def adamw_update(
         raise ValueError(f"params, grads: expected {len(layout.sizes)} each, got {len(params)} and {len(grads)}")
     before = [p.detach().clone() for p in params] if importance is not None and importance.pre_step else params
     scaled = [None if g is None else g.detach().to(moments.dtype) * grad_scale.to(moments.dtype) for g in grads]
+    rows = settings.to(groups.device).index_select(0, groups)
     for i, (param, grad) in enumerate(zip(params, scaled, strict=True)):
         if grad is None or param.numel() == 0:
             continue
         steps[i] += 1
-        lr, decay, beta1, beta2, eps = settings[groups[i]].tolist()
+        lr, decay, beta1, beta2, eps = rows[i].unbind()
         moment, square = moments[:, layout.offsets[i] : layout.offsets[i + 1]].view(2, *param.shape)
-        moment.lerp_(grad, 1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        moment.lerp_(grad, (1 - beta1).to(moment.dtype))
+        square.mul_(beta2).add_((1 - beta2).to(square.dtype) * grad * grad)
         corrections = [1 - beta ** steps[i].double() for beta in (beta1, beta2)]
         denominator = square.sqrt() / corrections[1].sqrt().to(square.dtype) + eps
         step_size = (lr / corrections[0]).to(square.dtype)
