@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from adalora_kernels.allocator.triplets import find_triplets
 from adalora_kernels.ops.orthogonality import orthogonality_loss
+from adalora_kernels.ops.shards import are_gathered
 
 
 def compute_orth_regu(
@@ -17,14 +18,18 @@ def compute_orth_regu(
         model: holds the layers.
         regu_weight: γ.
         squared: γ · Σ of their squares instead (the paper's, which goes with variant "paper" of ``RankAllocator``).
-        accumulate: add its gradient in one launch when the backward ends; see ``ops.orthogonality_loss``.
+        accumulate: add its gradient in one launch when the backward ends; see ``ops.orthogonality_loss``. Not under
+            FSDP2, which has reduced the gradients by then.
 
     Raises:
-        ValueError: a model without layers with lora_A, lora_E and lora_B, or a negative weight.
+        ValueError: a model without layers with lora_A, lora_E and lora_B, a negative weight, or parameters that can't
+            accumulate.
     """
     triplets = find_triplets(model)
     if not triplets:
         raise ValueError("model: expected layers with lora_A, lora_E and lora_B, found none")
+    if accumulate and are_gathered(model.get_submodule(t.name) for t in triplets):
+        raise ValueError("accumulate: expected False under fully_shard, got True")
     lora_A, lora_B = [t.lora_A for t in triplets], [t.lora_B for t in triplets]
     return orthogonality_loss(lora_A, lora_B, regu_weight, squared, accumulate=accumulate)
 

@@ -90,6 +90,11 @@ def are_sharded(tensors: Iterable[Tensor]) -> bool:
     return module is not None and any(issubclass(kind, module.DTensor) for kind in kinds)
 
 
+def are_gathered(modules: Iterable[torch.nn.Module]) -> bool:
+    """Whether FSDP2 manages any of these modules: it may show plain parameters, whose gradients it takes away again."""
+    return any(getattr(module, "_is_fsdp_managed_module", False) for module in modules)
+
+
 def shards_of(matrices: Sequence[Tensor]) -> Shards:
     """Where the shards of 2-d DTensors lie; plain tensors among them are the same on all ranks.
 
@@ -173,4 +178,4 @@ def whole_matrices(matrices: Sequence[Tensor]) -> list[Tensor]:
     return result
 
 
-__all__ = ["Rectangle", "Shards", "are_sharded", "local_part", "shards_of", "whole_matrices"]
+__all__ = ["Rectangle", "Shards", "are_gathered", "are_sharded", "local_part", "shards_of", "whole_matrices"]
