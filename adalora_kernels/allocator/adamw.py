@@ -14,6 +14,7 @@ from adalora_kernels.allocator.allocator import RankAllocator
 from adalora_kernels.allocator.engine import Turn
 from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.ops.adamw import Importance, adamw_update, total_norm
+from adalora_kernels.ops.shards import are_sharded
 
 
 class AdaLoraAdamW(torch.optim.AdamW):
@@ -76,6 +77,11 @@ class AdaLoraAdamW(torch.optim.AdamW):
         """Lay out the moments of the allocator's parameters as they are now, with what is known of them."""
         layout, like = self.allocator.importance.layout, self.allocator.importance.averages
         self._adapters = [p for t in self.allocator.triplets for p in t.parameters]
+        if are_sharded(self._adapters):
+            raise ValueError(
+                "params: expected whole parameters, got DTensors; under fully_shard take torch.optim.AdamW and "
+                "allocator.attach(optimizer)"
+            )
         self._moments = like.new_zeros(2, layout.total_elements)
         self._steps = torch.zeros(len(self._adapters), device=like.device)
         rows = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
