@@ -136,6 +136,8 @@ class Term:
             if m.requires_grad:
                 m.grad = target
         self.module.orthogonality_gradients(self.lora_A, self.lora_B, slopes, scale, targets, True)
+        # Kernels write behind autograd's back; whoever had read these gradients must see that they changed.
+        torch.autograd.graph.increment_version(targets)
 
 
 def _room(matrices: Sequence[Tensor]) -> list[Tensor]:
