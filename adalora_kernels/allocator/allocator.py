@@ -47,6 +47,10 @@ class RankAllocator(BudgetEngine):
         reduction: what becomes of the scores of a row of A or a column of B: "mean" or "sum".
         adapter: PEFT's adapter name; None takes what trains.
         backend: of importance and masking: "reference", "native", or None for the best that can run.
+        capturable: keep step and schedule on the device, so that a CUDA graph can hold the allocator's steps (see
+            ``graphed_step``). Every step then launches the same work and expects gradients; budgets and thresholds are
+            tensors, the latter NaN where nothing was ranked; ranks don't compare their masks. To read ``global_step``
+            or ``next_step`` waits for the device.
 
     Attributes:
         kept: for each layer, which of its first rows ``compact`` has left; None before that.
@@ -76,6 +80,7 @@ class RankAllocator(BudgetEngine):
         reduction: str = "mean",
         adapter: str | None = None,
         backend: str | Backend | None = None,
+        capturable: bool = False,
     ) -> None:
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             if not 0 < beta < 1:
@@ -84,7 +89,9 @@ class RankAllocator(BudgetEngine):
             raise ValueError(f"lora_r: expected at least 0, got {lora_r}")
         if tb_writter_loginterval < 1:
             raise ValueError(f"tb_writter_loginterval: expected at least 1, got {tb_writter_loginterval}")
-        super().__init__(model, adapter, variant, metric, reduction, backend)
+        if capturable and tb_writter is not None:
+            raise ValueError("tb_writter: expected None with capturable=True, since to write waits for the device")
+        super().__init__(model, adapter, variant, metric, reduction, backend, capturable)
         self.lora_init_rank = lora_r
         self.total_rank = lora_r * len(self.triplets) if variant == "peft" else self.importance.layout.total_rank
         self.target_rank = target_rank * len(self.triplets) if target_total_rank is None else target_total_rank
@@ -99,7 +106,7 @@ class RankAllocator(BudgetEngine):
         self.kept: list[list[bool]] | None = None
         self._attachment: Attachment | None = None
         self._measured: tuple[Turn, Tensor | None] | None = None
-        self._handled: tuple[int, tuple[int, Tensor | None]] | None = None
+        self._handled: tuple[int | None, tuple[int | Tensor, Tensor | None]] | None = None
         # With T not known yet, the longest schedule stands in for it: every other setting is checked now.
         self._schedule(init_warmup + final_warmup + 1 if total_step is None else total_step)
         watch(self, self.triplets[0].slots[1], "RankAllocator was made", "allocator.attach(optimizer)")
@@ -113,7 +120,7 @@ class RankAllocator(BudgetEngine):
         self._schedule(total_step)
         self.total_step = total_step
 
-    def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int, Tensor | None]:
+    def update_and_mask(self, model: nn.Module, global_step: int) -> tuple[int | Tensor, Tensor | None]:
         """Take this step's gradients into the averages and mask as the schedule says.
 
         Where an attached optimizer or a callback has done that for this step already, nothing more is done. A step that
@@ -133,9 +140,11 @@ class RankAllocator(BudgetEngine):
                 ``update_importance`` before the optimizer's step; or another step than the attached optimizer has
                 counted. Nothing changes.
         """
+        if self.captured and self.clock is not None:
+            return self.clock.budget, self.clock.threshold
         if self._handled is not None:
             step, result = self._handled
-            if step != global_step:
+            if step is not None and step != global_step:
                 raise ValueError(
                     f"global_step: expected {step}, as the attached optimizer counts, got {global_step}; give your own "
                     "count to attach(optimizer, step=...), or to allocator.expect(step) before the optimizer's step"
@@ -143,7 +152,7 @@ class RankAllocator(BudgetEngine):
             self._handled = None
             return result
         turn, finite = self._measure(model, global_step, before_step=False)
-        return turn.plan.budget, self.finish(turn, finite)
+        return turn.budget, self.finish(turn, finite)
 
     def update_importance(self, model: nn.Module, global_step: int) -> None:
         """Variant "paper" without ``attach``: call it before ``optimizer.step()``, on unscaled and clipped gradients.
@@ -162,7 +171,7 @@ class RankAllocator(BudgetEngine):
 
     def _measure(self, model: nn.Module, step: int, before_step: bool) -> tuple[Turn, Tensor | None]:
         measured, self._measured = self._measured, None
-        if measured is not None and measured[0].step == step and not before_step:
+        if measured is not None and measured[0].step in (step, None) and not before_step:
             return measured
         bound_to = self.model
         if model is not bound_to:
@@ -223,13 +232,14 @@ class RankAllocator(BudgetEngine):
 
     def expect(self, step: int) -> None:
         """The optimizer step that is about to be made is ``step``, by the caller's own count from 0."""
-        self.next_step, self._handled = step, None
+        self.go_to(step)
+        self._handled = None
 
-    def note(self, step: int, result: tuple[int, Tensor | None]) -> None:
+    def note(self, step: int | None, result: tuple[int | Tensor, Tensor | None]) -> None:
         """``step`` has been made by somebody who calls by itself; ``result`` is what ``update_and_mask`` answers."""
         self._handled = step, result
 
-    def begin(self, step: int, params: Sequence[Tensor] | None = None) -> Turn:
+    def begin(self, step: int | None = None, params: Sequence[Tensor] | None = None) -> Turn:
         """As ``BudgetEngine.begin``."""
         self._handled = None
         return super().begin(step, params)
@@ -293,6 +303,7 @@ class RankAllocator(BudgetEngine):
         """
         if self.captured:
             raise ValueError("model: expected compact() before steps are captured in a CUDA graph")
+        self._write_back()
         if optimizer is None and self._attachment is not None and self._attachment.active:
             optimizer = self._attachment.optimizer
         rows = self._final_rows() if like is None else self._rows_like(like)
@@ -339,7 +350,8 @@ class RankAllocator(BudgetEngine):
         return [spread(row, kept) for row, kept in zip(rows, self.kept, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs: averages, scores, pattern, step."""
+        """All that a resumed run needs: averages, scores, pattern, step; ``capturable`` or not."""
+        self._write_back()
         settings = {"variant": self.variant, "metric": self.metric, "reduction": self.reduction}
         steps = {"global_step": self.global_step, "next_step": self.next_step}
         return {**settings, **steps, "kept": self.kept, **self.importance.state_dict()}
@@ -364,8 +376,14 @@ class RankAllocator(BudgetEngine):
                 "compact(like=state) first"
             )
         self.importance.load_state_dict(state)
-        self.global_step, self.next_step = state["global_step"], state["next_step"]
+        if self.clock is not None:
+            self.clock.follow_state(self.importance)
+        self.go_to(state["next_step"], state["global_step"])
         self._measured = self._handled = None
+
+    def _write_back(self) -> None:
+        if self.clock is not None:
+            self.clock.write_back(self.importance)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is attached to nothing, and no step of it is under way."""

@@ -72,7 +72,7 @@ class Attachment:
             )
         _unscale(optimizer)
         allocator = self._allocator
-        turn = allocator.begin(allocator.next_step if self._step is None else self._step())
+        turn = allocator.begin(None if self._step is None else self._step())
         finite = None
         if allocator.pre_step:
             closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
@@ -88,7 +88,7 @@ class Attachment:
         allocator = self._allocator
         if not allocator.pre_step:
             finite = allocator.update(turn, getattr(optimizer, "found_inf", None))
-        allocator.note(turn.step, (turn.plan.budget, allocator.finish(turn, finite)))
+        allocator.note(turn.step, (turn.budget, allocator.finish(turn, finite)))
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:

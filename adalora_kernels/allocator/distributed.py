@@ -179,7 +179,12 @@ class ShardedState(ImportanceState):
         return self._summed(scores, reduction)
 
     def mask(
-        self, scores: Tensor, lora_E: Sequence[Tensor], budget: int, enabled: Tensor | None, backend: Backend | None
+        self,
+        scores: Tensor,
+        lora_E: Sequence[Tensor],
+        budget: int | Tensor,
+        enabled: Tensor | None,
+        backend: Backend | None,
     ) -> Tensor:
         """As ``ImportanceState.mask``."""
         threshold = mask_to_budget(scores, [self._unsharded_E], budget, self.live, enabled, backend=backend)

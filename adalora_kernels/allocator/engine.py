@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from adalora_kernels.allocator.agreement import Agreement
-from adalora_kernels.allocator.distributed import follow_shards, state_of
+from adalora_kernels.allocator.capturable import DeviceClock, Due, go_back_unless, position
+from adalora_kernels.allocator.distributed import ShardedState, follow_shards, state_of
 from adalora_kernels.allocator.fused import FusedImportance
 from adalora_kernels.allocator.schedule import VARIANTS, BudgetSchedule, StepPlan
 from adalora_kernels.allocator.tensorboard import write_scalars
@@ -24,16 +24,23 @@ class Turn(NamedTuple):
     """One step of the allocator, from ``begin`` to ``finish``.
 
     Attributes:
-        step: its number, counted from 0.
-        plan: what it does.
+        step: its number, counted from 0; None where the device counts.
+        plan: what it does; where the device decides, what it may do.
         params: A, E and B of each layer, as they are in this step.
         lora_E: the E among them.
+        due: what it does, where the device decides.
     """
 
-    step: int
+    step: int | None
     plan: StepPlan
     params: Sequence[Tensor]
     lora_E: Sequence[Tensor]
+    due: Due | None = None
+
+    @property
+    def budget(self) -> int | Tensor:
+        """The total rank that may stay: a number, or int32 [1] where the device decides."""
+        return self.plan.budget if self.due is None else self.due.budget
 
 
 class BudgetEngine:
@@ -50,8 +57,7 @@ class BudgetEngine:
     Attributes:
         importance: averages, scores and pattern.
         triplets: the layers, in the order of the averages.
-        global_step: the last step that was finished, counted from 0.
-        next_step: the step that comes next where nobody gives a number.
+        clock: the schedule on the device, where ``capturable`` was asked for.
         check_ranks: whether ranks that train one model compare their masks after each ranking; see ``Agreement``.
         captured: set by who has recorded steps in a CUDA graph, which holds the parameters' addresses and shapes.
     """
@@ -75,6 +81,7 @@ class BudgetEngine:
         metric: str,
         reduction: str,
         backend: str | Backend | None,
+        capturable: bool,
     ) -> None:
         for name, value, known in (
             ("variant", variant, VARIANTS),
@@ -90,11 +97,31 @@ class BudgetEngine:
         self.importance = state_of(self.triplets)
         for op in ("importance", "allocation"):  # a backend that can't run says so here rather than in mid-training
             select(op, self.importance.live.device.type, self.importance.averages.dtype, 0, self.backend)
-        self.global_step = self.next_step = 0
+        self._global_step = self._next_step = 0
+        self.clock = DeviceClock(self.importance) if capturable else None
         self.captured = False
         self.fused: FusedImportance | None = None
         self.check_ranks = True
         self._agreement = Agreement()
+
+    @property
+    def global_step(self) -> int:
+        """The last step that was finished, counted from 0. Waits for the device where that counts."""
+        return self._global_step if self.clock is None else int(self.clock.steps[0])
+
+    @property
+    def next_step(self) -> int:
+        """The step that comes next where nobody gives a number. Waits for the device where that counts."""
+        return self._next_step if self.clock is None else int(self.clock.steps[1])
+
+    def go_to(self, next_step: int, global_step: int | None = None) -> None:
+        """Make ``next_step`` the one that comes next, and ``global_step`` the one that was finished last."""
+        if self.clock is not None:
+            self.clock.go_to(next_step, self.importance)
+            if global_step is not None:
+                self.clock.steps[:1].fill_(global_step)
+        self._next_step = next_step
+        self._global_step = self._global_step if global_step is None else global_step
 
     @property
     def pre_step(self) -> bool:
@@ -146,25 +173,37 @@ class BudgetEngine:
             raise ValueError("model: expected the layers that this allocator was made for, found other shapes")
         self.model, self.triplets = model, triplets
         self.importance.move_to(triplets[0].lora_E.device)
+        if self.clock is not None:
+            self.clock.move_to(triplets[0].lora_E.device)
 
-    def begin(self, step: int, params: Sequence[Tensor] | None = None) -> Turn:
+    def begin(self, step: int | None = None, params: Sequence[Tensor] | None = None) -> Turn:
         """What ``step`` does, and the parameters that it does it to.
 
         Args:
-            step: the optimizer step, counted from 0.
+            step: the optimizer step, counted from 0; None for the next one.
             params: A, E and B of each layer in the order of ``triplets``, where the caller has them; else looked up.
 
         Raises:
-            ValueError: a negative step; ``total_step`` is not set; a step that ranks, with a frozen layer.
+            ValueError: a negative step; ``total_step`` is not set; a step that ranks, with a frozen layer; sharded
+                parameters where the device decides.
         """
-        plan = self.schedule.plan(step, self.importance.settled)
+        schedule, clock = self.schedule, self.clock
+        if clock is not None:
+            plan = StepPlan(schedule.initial_rank, update=True, rank=True)
+        else:
+            step = self._next_step if step is None else step
+            plan = schedule.plan(step, self.importance.settled)
         if params is None:
             params = [registry[key] for t in self.triplets for registry, key in t.slots]
             self.importance = follow_shards(self.importance, self.triplets, params)
-        turn = Turn(step, plan, params, params[1::3])
         if plan.rank:
-            self._check_trainable(turn.lora_E)
-        return turn
+            self._check_trainable(params[1::3])
+        if clock is None:
+            return Turn(step, plan, params, params[1::3])
+        if isinstance(self.importance, ShardedState):
+            raise ValueError("capturable: expected a model with whole parameters, found sharded ones")
+        clock.follow(schedule, self.importance)
+        return Turn(None, plan, params, params[1::3], clock.due(step, self.importance))
 
     def update(self, turn: Turn, found_inf: Tensor | None = None) -> Tensor | None:
         """Take the gradients into Ī, Ū and the scores, where ``turn.plan.update`` says so.
@@ -180,6 +219,14 @@ class BudgetEngine:
             bool [1]: whether it was taken, all being finite; None where this step takes none or no parameter has a
             gradient.
         """
+        if turn.due is None:
+            return self._update(turn, found_inf)
+        before = position(self.importance)
+        taken = self._update(turn, found_inf)
+        go_back_unless(turn.due.update, self.importance, before)
+        return taken
+
+    def _update(self, turn: Turn, found_inf: Tensor | None) -> Tensor | None:
         taken = self.fused_update(turn, gradients_final=found_inf is None)
         if taken is not None or not turn.plan.update:
             return taken
@@ -187,14 +234,12 @@ class BudgetEngine:
         if not any(grad is not None for grad in grads):
             return None
         state = self.importance
-        before = None if found_inf is None else (state.half.clone(), state.scores.clone())
+        before = None if found_inf is None else position(state)
         finite = state.update(turn.params, grads, self.beta1, self.beta2, self.backend)
         if found_inf is None or before is None:
             return finite
-        # The update went to the other half; going back to this one undoes it.
         taken = (found_inf == 0).reshape(1).to(state.half.device)
-        for now, then in zip((state.half, state.scores), before, strict=True):
-            now.copy_(torch.where(taken, now, then))
+        go_back_unless(taken, state, before)
         return finite & taken
 
     def fused_update(self, turn: Turn, gradients_final: bool) -> Tensor | None:
@@ -222,15 +267,18 @@ class BudgetEngine:
         Returns:
             The threshold, 0-d on the parameters' device, or None if nothing was ranked.
         """
-        plan, state = turn.plan, self.importance
-        self.global_step, self.next_step = turn.step, turn.step + 1
+        plan, state, due = turn.plan, self.importance, turn.due
+        if due is not None and self.clock is not None:
+            taken = None if finite is None else finite | ~due.update
+            scores, enabled = self._scores(turn, taken)
+            return self.clock.finish(due, state, scores, turn.lora_E, finite is not None, enabled, self.backend)
+        assert turn.step is not None
+        self._global_step, self._next_step = turn.step, turn.step + 1
         if finite is not None:
             state.updates += 1
         threshold = None
         if plan.rank and state.updates > 0:
-            scores, enabled = state.scores, finite
-            if self.metric != "ipt" or self.reduction != "mean":
-                scores, enabled = self._other_scores(turn, finite)
+            scores, enabled = self._scores(turn, finite)
             threshold = state.mask(scores, turn.lora_E, plan.budget, enabled, self.backend)
             if self.check_ranks:
                 self._agreement.check(self, turn.step)
@@ -243,8 +291,10 @@ class BudgetEngine:
             write_scalars(self.tb_writter, self, threshold, turn.step)
         return threshold
 
-    def _other_scores(self, turn: Turn, finite: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _scores(self, turn: Turn, finite: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """S by ``metric`` and ``reduction``, and whether to mask by it (parameters may be anything)."""
+        if self.metric == "ipt" and self.reduction == "mean":
+            return self.importance.scores, finite
         scores = self.importance.other_scores(self.metric, self.reduction, turn.params)
         enabled = scores.isfinite().all().reshape(1)
         return scores.nan_to_num(), enabled if finite is None else enabled & finite

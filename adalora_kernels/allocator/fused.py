@@ -89,7 +89,10 @@ class FusedImportance:
     def _wanted(self) -> bool:
         engine, step = self._engine, self._step
         if step.wanted is None:
-            step.wanted = engine.schedule.plan(engine.next_step, engine.importance.settled).update
+            if engine.clock is not None:  # every step takes them, and those that shouldn't have undo it
+                step.wanted = True
+            else:
+                step.wanted = engine.schedule.plan(engine.next_step, engine.importance.settled).update
         return step.wanted
 
     def reset(self, because: str = "") -> None:

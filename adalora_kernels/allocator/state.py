@@ -64,7 +64,12 @@ class ImportanceState:
         return triplet_scores(self.layout, *self.current(), reduction)
 
     def mask(
-        self, scores: Tensor, lora_E: Sequence[Tensor], budget: int, enabled: Tensor | None, backend: Backend | None
+        self,
+        scores: Tensor,
+        lora_E: Sequence[Tensor],
+        budget: int | Tensor,
+        enabled: Tensor | None,
+        backend: Backend | None,
     ) -> Tensor:
         """Mask to the budget and note the pattern; see ``ops.mask_to_budget``."""
         return mask_to_budget(scores, lora_E, budget, self.live, enabled, backend=backend)

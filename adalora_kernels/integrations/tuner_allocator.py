@@ -81,7 +81,7 @@ class TunerAllocator(RankAllocator):
         self.beta1, self.beta2 = config.beta1, config.beta2
         self.target_rank = config.target_r * len(self.triplets)
 
-    def begin(self, step: int, params: Sequence[Tensor] | None = None) -> Turn:
+    def begin(self, step: int | None = None, params: Sequence[Tensor] | None = None) -> Turn:
         """As ``RankAllocator``'s, on the config's present schedule."""
         self.follow_config()
         return super().begin(step, params)
