@@ -21,6 +21,7 @@ except ImportError as error:
 
 from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.integrations.adalora_model import FusedAdaLoraModel, fuse_model, restore_model
+from adalora_kernels.integrations.siblings import link_siblings
 from adalora_kernels.integrations.svd_layer import FusedSVDLinear, base_obstacle, fuse_layer, restore_layer
 
 MINIMUM_PEFT = "0.18.0"
@@ -47,15 +48,17 @@ class LayerReport:
     reason: str
 
 
-def patch_model(peft_model: Model, backend: str | Backend | None = None) -> Model:
+def patch_model(peft_model: Model, backend: str | Backend | None = None, *, siblings: bool | None = None) -> Model:
     """Exchange the classes of PEFT's AdaLoRA layers and model for the fused ones, in place.
 
     Layers that PEFT built for other bases (Conv2d, bitsandbytes, GPTQ) keep PEFT's code; ``layer_report`` lists them. A
-    model that is patched already stays so and takes the backend.
+    model that is patched already stays so and takes the backend and ``siblings``.
 
     Args:
         peft_model: a ``PeftModel``, an ``AdaLoraModel``, or any module that holds PEFT's AdaLoRA layers.
         backend: as in ``adalora_kernels.svd_linear``; None for the best that can run.
+        siblings: whether layers that read the same tensor (q, k, v; gate, up) are computed together, as one node of the
+            autograd graph; which ones do is learned from their calls. None: on a CUDA device under triton.
 
     Returns:
         ``peft_model``.
@@ -78,6 +81,7 @@ def patch_model(peft_model: Model, backend: str | Backend | None = None) -> Mode
             fuse_layer(layer, backend)
         for tuner in tuners:
             fuse_model(tuner, backend)
+        link_siblings(peft_model, siblings)
     except BaseException:
         for module in fresh:
             _restore(module)

@@ -8,7 +8,7 @@ the increment is added into its output in place.
 from __future__ import annotations
 
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.adalora.layer import SVDLinear
@@ -19,11 +19,35 @@ from transformers.pytorch_utils import Conv1D
 from adalora_kernels.backends.select import Backend
 from adalora_kernels.ops.explain import described, explain_layer
 from adalora_kernels.ops.svd_linear import svd_linear, svd_linear_into
+from adalora_kernels.ops.svd_linear_group import GroupedLayer
 
 _READABLE_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _PLAIN = (Tensor, nn.Parameter)
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _FORWARD_ATTRIBUTES = ("forward", "_old_forward")
+
+
+class GroupCall(NamedTuple):
+    """What one layer's forward is made of.
+
+    Attributes:
+        layer: arguments of ``svd_linear_group``.
+        dropout_p: 0 in evaluation.
+        backend: as asked for.
+        parameter: that of which the layer's weight is a view.
+    """
+
+    layer: GroupedLayer
+    dropout_p: float
+    backend: str | Backend | None
+    parameter: Tensor
+
+    def equals(self, other: GroupCall) -> bool:
+        """Whether both read the same tensors in the same way."""
+        tensors = zip((self.parameter, *self.layer[1:5]), (other.parameter, *other.layer[1:5]), strict=True)
+        settings = (self.layer.scaling, self.dropout_p, self.backend)
+        same = settings == (other.layer.scaling, other.dropout_p, other.backend)
+        return same and all(a is b for a, b in tensors)
 
 
 class FusedSVDLinear(SVDLinear):
@@ -41,6 +65,11 @@ class FusedSVDLinear(SVDLinear):
         Returns:
             [..., N] in the dtype that the base answers in.
         """
+        siblings = self.__dict__.get("_siblings")
+        if siblings is not None and not args and not kwargs and not torch.compiler.is_compiling():
+            output: Tensor | None = siblings.output(self, x)
+            if output is not None:
+                return output
         # Straight from the registries: twenty look-ups of module attributes would cost as much as the launch.
         modules = self._modules
         lora_A, lora_E, lora_B = (modules[name]._parameters for name in ("lora_A", "lora_E", "lora_B"))
@@ -72,10 +101,33 @@ class FusedSVDLinear(SVDLinear):
             if result is None and weight is not None:
                 result = svd_linear(x, weight, *adapter, bias=base.bias, **settings)
             else:
-                output = base(x, *args, **kwargs) if result is None else result
-                result = svd_linear_into(output, x, *adapter, **settings)
+                base_output = base(x, *args, **kwargs) if result is None else result
+                result = svd_linear_into(base_output, x, *adapter, **settings)
         assert result is not None
         return result
+
+    def group_call(self, x: Tensor) -> GroupCall | None:
+        """This layer's forward as a part of ``svd_linear_group``; None where it is anything else than one call."""
+        modules = self._modules
+        lora_A, lora_E, lora_B = (modules[name]._parameters for name in ("lora_A", "lora_E", "lora_B"))
+        active = [name for name in self.active_adapters if name in lora_A]
+        base = modules["base_layer"]
+        if len(active) != 1 or self.disable_adapters or self.merged_adapters or base_obstacle(base) is not None:
+            return None
+        name = active[0]
+        A, E, B, bias = lora_A[name], lora_E[name], lora_B[name], base._parameters.get("bias")
+        dropout = modules["lora_dropout"]._modules[name]
+        weight = _readable_weight(base, x)
+        if weight is None or type(A) not in _PLAIN or type(dropout) not in _DROPOUTS:
+            return None
+        # Sharded or offloaded parameters are what they should be only within the layer's own call.
+        here = all(t is None or t.device == x.device for t in (weight, bias, A, E, B))
+        if not here or weight.shape != (B.shape[0], x.shape[-1]) or A.shape != (B.shape[1], x.shape[-1]):
+            return None
+        scaling = self.scaling[name] / (self._rank_constant(name) + 1e-5)
+        layer = GroupedLayer(weight, A, E, B, bias, None, scaling)
+        dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+        return GroupCall(layer, dropout_p, self.fused_backend, base._parameters["weight"])
 
     def explain_layer(self) -> tuple[str, str, str, str]:
         """Backend, plan, reason and configuration, for ``adalora_kernels.explain``."""
@@ -150,7 +202,9 @@ def fuse_layer(layer: SVDLinear, backend: str | Backend | None) -> None:
 
 
 def restore_layer(layer: FusedSVDLinear) -> None:
-    """Undo ``fuse_layer``."""
+    """Undo ``fuse_layer``, and what links the layer to its siblings."""
+    if (siblings := layer.__dict__.get("_siblings")) is not None:
+        siblings.unlink()
     for name in layer.__dict__.pop("_thawed_ranknums", ()):
         if name in layer.ranknum:
             layer.ranknum[name].requires_grad_(True)
@@ -183,4 +237,4 @@ def _weight_as_n_k(base: nn.Module) -> Tensor:
     return weight.t() if type(base) is Conv1D else weight
 
 
-__all__ = ["FusedSVDLinear", "base_obstacle", "fuse_layer", "restore_layer"]
+__all__ = ["FusedSVDLinear", "GroupCall", "base_obstacle", "fuse_layer", "restore_layer"]
