@@ -1,7 +1,7 @@
 """``python -m benchmarks.cpu``: this CPU's figures, recorded and held to what they must reach.
 
-Runs the layer and the budget engine against PEFT in one process, writes ``benchmarks/results/cpu.json``, prints a
-table, and exits 1 where a figure misses its bound.
+Runs the layer and the budget engine against PEFT, and the engine's parts as the model grows, in one process; writes
+``benchmarks/results/cpu.json``, prints a table, and exits 1 where a figure misses its bound.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import commit
-from benchmarks.micro import budget_engine, layer
+from benchmarks.micro import budget_engine, fused_importance, layer, scaling
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ((768, 768), (768, 3072))
@@ -25,6 +27,9 @@ RANK = 12
 FLOOR_MARGIN = 0.08
 ENGINE = "ours, AdaLoraAdamW"  # the way of it that is held to the bound
 ENGINE_MUST = 10.0
+LAYERS = (12, 72, 224, 1000)
+COPY_MUST = 1.5
+FUSED_TOKENS = (256, 1024)
 
 
 def processor() -> str:
@@ -58,6 +63,8 @@ def misses(records: list[dict[str, Any]]) -> list[str]:
                 found.append(f"layer {case}: {ratios['ours']:.3f} is slower than PEFT's {ratios['peft']:.3f}")
         if "peft_over_ours" in record and (times := record["peft_over_ours"][ENGINE]) < ENGINE_MUST:
             found.append(f"budget engine {case}: {times:.1f} x is below {ENGINE_MUST} x")
+        if case.get("model") == scaling.DEBERTA and (times := record["importance_to_copy"]) > COPY_MUST:
+            found.append(f"importance {case}: {times:.2f} x the time of a plain copy exceeds {COPY_MUST} x")
     return found
 
 
@@ -71,12 +78,48 @@ def show(record: dict[str, Any]) -> str:
             f"ours {ratios['ours']:.3f}, PEFT {ratios['peft']:.3f}, addmm_ {ratios['addmm_']:.3f} of frozen "
             f"(floor {record['flop_floor']:.3f})"
         )
+    if "importance_to_copy" in record:
+        parts = [
+            f"{part} {by['native']:.2f} / {by['reference']:.1f}"
+            for part, by in record["microseconds_per_layer"].items()
+        ]
+        return (
+            f"budget engine's parts, {case['model']}, {case['layers']} layers, R={case['R']}, {case['threads']} thr, "
+            f"microseconds a layer, native / reference: {', '.join(parts)}; importance is "
+            f"{record['importance_to_copy']:.2f} of a plain copy"
+        )
+    if "added_to_backward" in record:
+        way = {name: sample["median"] for name, sample in record["added_to_backward"].items()}
+        return (
+            f"importance in a backward, {case['layers']} layers {case['K']}x{case['N']} M={case['M']} "
+            f"{case['threads']} thr: to {record['milliseconds']['backward alone']['median']:.1f} ms it adds "
+            f"{way['launched']:.2f} ms launched, {way['fused']:.2f} ms fused"
+        )
     added, times = record["added_milliseconds"], record["peft_over_ours"]
     return (
         f"budget engine, {case['matrices']} matrices, R={case['R']}, {case['threads']} thr: beside AdamW's "
         f"{record['milliseconds']['AdamW alone']['median']:.1f} ms PEFT adds {added['PEFT']:.1f} ms, "
         + ", ".join(f"{name} {added[name]:.2f} ({times[name]:.1f} x)" for name in times)
     )
+
+
+def cases(cores: int, rounds: int) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Everything that is measured."""
+    for threads in sorted({1, cores}):
+        shapes = [(k, n, m, torch.float32) for k, n in SHAPES for m in TOKENS]
+        shapes += [(k, n, TOKENS[0], torch.bfloat16) for k, n in SHAPES]
+        for k, n, m, dtype in shapes:
+            yield partial(layer.measure, k, n, m, RANK, dtype, threads, rounds)
+        yield partial(budget_engine.measure, 12, RANK, threads, 2 * rounds)
+        yield partial(scaling.measure, scaling.DEBERTA, scaling.deberta(RANK), threads, 2 * rounds)
+    for layers in LAYERS:
+        # The reference takes seconds a round at 1000 layers.
+        yield partial(
+            scaling.measure, "256x256", scaling.square(layers, 256, RANK), cores,
+            rounds if layers < 1000 else max(5, rounds // 5),
+        )  # fmt: skip
+    for m in FUSED_TOKENS:
+        yield partial(fused_importance.measure, 24, 768, m, RANK, cores, 2 * rounds)
 
 
 def main() -> int:
@@ -87,14 +130,8 @@ def main() -> int:
     options = parser.parse_args()
     about = environment()
     records = []
-    cores = about["cores"]
-    for threads in sorted({1, cores}):
-        cases = [(k, n, m, torch.float32) for k, n in SHAPES for m in TOKENS]
-        cases += [(k, n, TOKENS[0], torch.bfloat16) for k, n in SHAPES]
-        for k, n, m, dtype in cases:
-            records.append(layer.measure(k, n, m, RANK, dtype, threads, options.rounds))
-            print(show(records[-1]), flush=True)
-        records.append(budget_engine.measure(12, RANK, threads, 2 * options.rounds))
+    for measure in cases(about["cores"], options.rounds):
+        records.append(measure())
         print(show(records[-1]), flush=True)
     options.output.write_text(json.dumps({"environment": about, "records": records}, indent=1) + "\n")
     missed = misses(records)

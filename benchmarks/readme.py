@@ -29,7 +29,7 @@ def table(result: dict[str, Any]) -> str:
         "| K×N | tokens | dtype | threads | ours | PEFT | `addmm_` by hand | floor |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    engines = []
+    engines, parts, fused = [], [], []
     for record in result["records"]:
         case = record["case"]
         if "ratio_to_frozen" in record:
@@ -37,6 +37,19 @@ def table(result: dict[str, Any]) -> str:
             lines.append(
                 f"| {case['K']}×{case['N']} | {case['M']} | {case['dtype']} | {case['threads']} | {r['ours']:.3f} "
                 f"| {r['peft']:.3f} | {r['addmm_']:.3f} | {record['flop_floor']:.3f} |"
+            )
+        elif "importance_to_copy" in record:
+            cells = [f"{by['native']:.1f} / {by['reference']:.0f}" for by in record["microseconds_per_layer"].values()]
+            parts.append(
+                f"| {case['layers']} × {case['model'].replace('x', '×')} | {case['threads']} | {' | '.join(cells)} "
+                f"| {record['importance_to_copy']:.2f} |"
+            )
+        elif "added_to_backward" in record:
+            way = {name: sample["median"] for name, sample in record["added_to_backward"].items()}
+            fused.append(
+                f"{case['layers']} layers of {case['K']}×{case['N']}, {case['M']} tokens: "
+                f"{way['launched']:.2f} ms launched, {way['fused']:.2f} ms fused, beside "
+                f"{record['milliseconds']['backward alone']['median']:.1f} ms"
             )
         else:
             added, times = record["added_milliseconds"], record["peft_over_ours"]
@@ -53,6 +66,16 @@ def table(result: dict[str, Any]) -> str:
         "| matrices | threads | fused AdamW, ms | PEFT adds | ours adds, any optimizer | ours adds, `AdaLoraAdamW` |",
         "|---|---|---|---|---|---|",
         *engines,
+        "",
+        "How its parts grow: µs a layer, ours / backend `reference` (plain PyTorch, layer by layer), r = 12, fp32; and "
+        "importance as a multiple of a plain copy that moves as many bytes:",
+        "",
+        "| layers | threads | importance | AdamW + importance | orthogonality | masking | importance / copy |",
+        "|---|---|---|---|---|---|---|",
+        *parts,
+        "",
+        "What importance adds to a backward, launched before the optimizer's step or fused into the backward (off by "
+        f"default): {'; '.join(fused)}.",
     ]
     return "\n".join(lines)
 
