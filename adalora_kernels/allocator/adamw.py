@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from adalora_kernels.allocator.allocator import RankAllocator
+from adalora_kernels.allocator.capturable import go_back_unless, position
 from adalora_kernels.allocator.engine import Turn
 from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.ops.adamw import Importance, adamw_update, total_norm
@@ -34,10 +35,12 @@ class AdaLoraAdamW(torch.optim.AdamW):
         max_grad_norm: clip the norm of all gradients of this optimizer to this, as ``clip_grad_norm_`` does, but
             without writing the clipped gradients; None clips nothing.
         backend: of the sweep: "reference", "native", or None for the best that can run.
+        capturable: so that a CUDA graph can hold the steps, with an allocator that is capturable too. ``lr`` is then a
+            tensor on the device, which schedulers write to. No GradScaler: it is asked for an overflow by the host.
 
     Raises:
         ValueError: a setting out of its range, or an option of ``torch.optim.AdamW`` that the sweep doesn't have
-            (amsgrad, maximize, differentiable, capturable).
+            (amsgrad, maximize, differentiable).
     """
 
     # GradScaler then leaves the check for overflow and the unscaling to step().
@@ -54,15 +57,18 @@ class AdaLoraAdamW(torch.optim.AdamW):
         allocator: RankAllocator,
         max_grad_norm: float | None = None,
         backend: str | Backend | None = None,
+        capturable: bool = False,
         **options: Any,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
         if not isinstance(allocator, RankAllocator):
             raise ValueError(f"allocator: expected a RankAllocator, got {type(allocator).__name__}")
-        super().__init__(params, lr, betas, eps, weight_decay, **options)
+        if capturable != (allocator.clock is not None):
+            raise ValueError(f"capturable: expected {not capturable}, as its allocator has it, got {capturable}")
+        super().__init__(params, lr, betas, eps, weight_decay, capturable=capturable, **options)
         for group in self.param_groups:
-            for option in ("amsgrad", "maximize", "differentiable", "capturable"):
+            for option in ("amsgrad", "maximize", "differentiable"):
                 if group[option]:
                     raise ValueError(f"{option}: expected False, got True; AdaLoraAdamW doesn't have it")
         self.allocator = allocator
@@ -82,6 +88,10 @@ class AdaLoraAdamW(torch.optim.AdamW):
                 "params: expected whole parameters, got DTensors; under fully_shard take torch.optim.AdamW and "
                 "allocator.attach(optimizer)"
             )
+        if self.allocator.clock is not None:
+            for group in self.param_groups:
+                group["lr"] = _on_device(group["lr"], like.device)
+        self._table: tuple[list[list[float]], Tensor] | None = None
         self._moments = like.new_zeros(2, layout.total_elements)
         self._steps = torch.zeros(len(self._adapters), device=like.device)
         rows = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
@@ -117,30 +127,35 @@ class AdaLoraAdamW(torch.optim.AdamW):
         leaves averages and masks alone.
 
         Raises:
-            ValueError: no adapter has a gradient, one was frozen, or the allocator's ``total_step`` is not set. Nothing
-                changes.
+            ValueError: no adapter has a gradient, one was frozen, the allocator's ``total_step`` is not set, or a
+                GradScaler with ``capturable``. Nothing changes.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         allocator, params = self.allocator, self._current()
-        turn = allocator.begin(allocator.next_step, params)
         found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and allocator.clock is not None:
+            raise ValueError("capturable: expected False under a GradScaler, got True")
+        turn = allocator.begin(params=params)
         if found_inf is not None and found_inf.item():
             skipped = torch.zeros(1, dtype=torch.bool, device=self._moments.device)
-            allocator.note(turn.step, (turn.plan.budget, allocator.finish(turn, skipped)))
+            allocator.note(turn.step, (turn.budget, allocator.finish(turn, skipped)))
             return loss
         grads = [p.grad if held else None for p, held in zip(params, self._held, strict=True)]
         others = [[p for p in some if p.grad is not None] for some in self._others]
         if turn.plan.update and not any(g is not None for g in grads):
             raise ValueError("params: expected gradients of the adapters, found none; call step() after backward()")
         scale = self._gradient_scale([g for g in grads if g is not None] + [p.grad for some in others for p in some])
+        before = None if turn.due is None else position(allocator.importance)
         finite = self._sweep(turn, grads, scale)
+        if turn.due is not None and before is not None:
+            go_back_unless(turn.due.update, allocator.importance, before)
         for group, some in zip(self.param_groups, others, strict=True):
             if some:
                 self._step_others(group, some, scale)
-        allocator.note(turn.step, (turn.plan.budget, allocator.finish(turn, finite)))
+        allocator.note(turn.step, (turn.budget, allocator.finish(turn, finite)))
         return loss
 
     def _gradient_scale(self, grads: list[Any]) -> Tensor:
@@ -154,9 +169,21 @@ class AdaLoraAdamW(torch.optim.AdamW):
             scale = scale * torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
         return scale
 
+    def _settings(self) -> Tensor:
+        """Lr, weight decay, β₁, β₂, ε of each group, fp64: on the CPU, or on the device where that has the lr."""
+        rates = [g["lr"] for g in self.param_groups]
+        rows = [[0.0, *map(float, (g["weight_decay"], *g["betas"], g["eps"]))] for g in self.param_groups]
+        if self.allocator.clock is None:
+            rows = [[float(lr), *row[1:]] for lr, row in zip(rates, rows, strict=True)]
+            return torch.tensor(rows, dtype=torch.float64)
+        if self._table is None or self._table[0] != rows:
+            self._table = rows, torch.tensor(rows, dtype=torch.float64, device=self._moments.device)
+        table = self._table[1]
+        for row, lr in zip(table, rates, strict=True):
+            row[:1].copy_(lr.reshape(1))
+        return table
+
     def _sweep(self, turn: Turn, grads: list[Tensor | None], scale: Tensor) -> Tensor | None:
-        rows = [[g["lr"], g["weight_decay"], *g["betas"], g["eps"]] for g in self.param_groups]
-        settings = torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64)
         state, importance = self.allocator.importance, None
         # What the sweep clips or unscales, the backward has not seen so.
         final = self.max_grad_norm is None and getattr(self, "grad_scale", None) is None
@@ -171,7 +198,7 @@ class AdaLoraAdamW(torch.optim.AdamW):
             self._moments,
             self._steps,
             self._groups,
-            settings,
+            self._settings(),
             scale,
             importance,
             backend=self.backend,
@@ -181,6 +208,8 @@ class AdaLoraAdamW(torch.optim.AdamW):
     def _step_others(self, group: dict[str, Any], params: list[nn.Parameter], scale: Tensor) -> None:
         """torch's own step of what is no adapter."""
         lists: list[list[Tensor]] = [[], [], [], [], [], []]
+        # torch has no capturable step on a CPU, where nothing is captured and nothing waits.
+        capturable = group["capturable"] and params[0].device.type != "cpu"
         has_complex = self._init_group({**group, "params": params}, *lists)
         with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
         if self.max_grad_norm is not None or getattr(self, "grad_scale", None) is not None:
@@ -193,14 +222,14 @@ class AdaLoraAdamW(torch.optim.AdamW):
             max_exp_avg_sqs,
             steps,
             foreach=group["foreach"],
-            capturable=False,
+            capturable=capturable,
             differentiable=False,
             fused=group["fused"],
             has_complex=has_complex,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=group["lr"],
+            lr=group["lr"] if capturable or not group["capturable"] else float(group["lr"]),
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
@@ -218,11 +247,23 @@ class AdaLoraAdamW(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from ``state_dict()`` of this class or of ``torch.optim.AdamW``; fp32 moments stay what they are."""
+        rates = [group["lr"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["capturable"] = self.allocator.clock is not None
+            lr = float(group["lr"])
+            group["lr"] = rate.fill_(lr) if isinstance(rate, Tensor) else lr
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         saved = state_dict["state"]
         self._adopt({p: saved[i] for i, p in zip(ids, params, strict=True) if i in saved})
+
+
+def _on_device(lr: float | Tensor, device: torch.device) -> Tensor:
+    """A tensor that is there already stays the same, for the sake of who holds it."""
+    if isinstance(lr, Tensor) and lr.device == device:
+        return lr
+    return torch.tensor(float(lr), dtype=torch.float64, device=device)
 
 
 __all__ = ["AdaLoraAdamW"]
