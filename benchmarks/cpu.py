@@ -53,7 +53,7 @@ def environment() -> dict[str, Any]:
 def misses(records: list[dict[str, Any]]) -> list[str]:
     """The figures that don't reach what they must."""
     found = []
-    cores = max(record["case"]["threads"] for record in records)
+    cores = max(record["case"].get("threads", 1) for record in records)
     for record in records:
         case = record["case"]
         if "ratio_to_frozen" in record and case["dtype"] == "float32":
