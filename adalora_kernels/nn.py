@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from adalora_kernels.backends.select import Backend, parse
 from adalora_kernels.ops.explain import described, explain_layer
+from adalora_kernels.ops.shards import are_sharded
 from adalora_kernels.ops.svd_linear import svd_linear
 
 
@@ -177,7 +178,10 @@ class SVDLinear(nn.Linear):
         self.unmerge()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.r > 0:
-            self._ranknum = float(self.ranknum)  # one host read per load, none per forward
+            ranknum: Any = self.ranknum
+            if are_sharded([ranknum]):  # it lies on one rank
+                ranknum = ranknum.full_tensor()
+            self._ranknum = float(ranknum)  # one host read per load, none per forward
         if was_merged:
             self.merge()
 

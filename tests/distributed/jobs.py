@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 import torch._dynamo  # DistributedDataParallel and fully_shard import it, which takes seconds
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -348,3 +352,40 @@ def refusals() -> None:
     called.unshard()
     with pytest.raises(ValueError, match=r"^model: expected its sharded parameters, found gathered ones"):
         sharded.begin(1)
+
+
+def resumable(how: str, variant: str, folder: Path, kill_at: int | None) -> dict[str, Any]:
+    """A run that starts from the checkpoint in ``folder``, writes one every 10 steps, and may lose a rank."""
+    torch.manual_seed(0)
+    model = Branches()
+    allocator = RankAllocator(model, **SCHEDULE, variant=variant)
+    called, held = wrapped(model, how)
+    optimizer = torch.optim.AdamW([p for p in held.parameters() if p.requires_grad], lr=5e-3)
+    allocator.attach(optimizer)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    path, start = folder / "checkpoint.pt", 0
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        start = saved["step"]
+        set_state_dict(
+            held, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"], options=options
+        )
+        allocator.load_state_dict(saved["allocator"])
+    patterns = []
+    for step in range(start, SCHEDULE["total_step"]):
+        x, target = share(step)
+        ((called(x) - target).square().mean() + compute_orth_regu(held, 0.1)).backward()
+        if step == kill_at and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        optimizer.step()
+        optimizer.zero_grad()
+        patterns.append(allocator.importance.live.clone())
+        if step % 10 == 9:
+            of_model, of_optimizer = get_state_dict(held, optimizer, options=options)
+            saved = {"step": step + 1, "model": of_model, "optimizer": of_optimizer}
+            saved["allocator"] = allocator.state_dict()
+            if dist.get_rank() == 0:
+                torch.save(saved, path.with_suffix(".new"))
+                path.with_suffix(".new").rename(path)
+    state = allocator.state_dict()
+    return {"start": start, "patterns": torch.stack(patterns), "params": adapters(held), "state": state}

@@ -45,15 +45,15 @@ def run(size: int, folder: Path, job: Callable[..., Any], *args: Any, timeout: f
         for process in processes:
             process.join(max(0.0, end - time.monotonic()))
         late = [rank for rank, process in enumerate(processes) if process.is_alive()]
-        killed = [rank for rank, process in enumerate(processes) if process.exitcode == -signal.SIGKILL]
     finally:
         for process in processes:
             if process.is_alive():
                 process.kill()
                 process.join()
-    errors = [path.read_text() for path in sorted(folder.glob("*.error"))]
-    assert not late, f"ranks {late} have not ended after {timeout} s; {' '.join(errors)}"
-    assert killed or not errors, "\n".join(errors)
+    errors = "\n".join(path.read_text() for path in sorted(folder.glob("*.error")))
+    assert not late, f"ranks {late} have not ended after {timeout} s\n{errors}"
+    codes = [process.exitcode for process in processes]
+    assert -signal.SIGKILL in codes or not any(codes), f"ranks ended with {codes}\n{errors}"
     return [_result(folder / f"{rank}.result") for rank in range(size)]
 
 
