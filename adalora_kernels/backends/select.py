@@ -72,6 +72,8 @@ _PLANS: dict[tuple[str, Backend], str] = {
     ("orthogonality", Backend.NATIVE): "multi_tensor",
     ("importance", Backend.TRITON): "multi_tensor",
     ("adamw", Backend.TRITON): "multi_tensor",
+    ("allocation", Backend.TRITON): "selection",
+    ("orthogonality", Backend.TRITON): "multi_tensor",
 }
 _UNMEASURED = frozenset((op, Backend.TRITON) for op in ("importance", "adamw", "allocation", "orthogonality"))
 _NATIVE_CUDA_OPS = frozenset({"importance"})

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adalora_kernels.backends.select import Backend, implementation, select
+from adalora_kernels.ops.checks import floating_state_dtype
 from adalora_kernels.ops.importance import sinks
 from adalora_kernels.ops.shards import are_sharded, whole_matrices
 
@@ -42,7 +43,7 @@ def orthogonality_loss(
         accumulate: add the gradient to the matrices' ``.grad`` when the backward ends, all at once, whatever
             ``inputs`` that backward was given. Hooks on the matrices don't see it, and ``torch.autograd.grad`` can't
             have it. Only where ``can_accumulate``.
-        backend: "reference", "native", or None for the best that can run.
+        backend: "reference", "native", "triton", or None for the best that can run.
 
     Returns:
         The value with γ in it, 0-d, fp32 (fp64 if any matrix is fp64).
@@ -95,8 +96,10 @@ class Term:
         backend: str | Backend | None,
     ) -> None:
         self.lora_A, self.lora_B, self.weight, self.squared = lora_A, lora_B, weight, squared
-        first = (lora_A or lora_B)[0]
-        chosen = select("orthogonality", first.device.type, first.dtype, 0, backend).backend
+        matrices = [*lora_A, *lora_B]
+        rank = max((a.shape[0] for a in lora_A if a.dim() == 2), default=0)
+        dtype = floating_state_dtype(matrices)
+        chosen = select("orthogonality", matrices[0].device.type, dtype, rank, backend).backend
         self.module = implementation("orthogonality", chosen)
 
     def part(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Term:
