@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from adalora_kernels import reference
-    from adalora_kernels.allocator import AdaLoraAdamW, RankAllocator, compute_orth_regu
+    from adalora_kernels.allocator import AdaLoraAdamW, RankAllocator, compute_orth_regu, graphed_step
     from adalora_kernels.integrations.peft import patch_model, patch_peft, unpatch_model, unpatch_peft
     from adalora_kernels.integrations.trainer import AdaLoraCallback
     from adalora_kernels.nn import SVDLinear
@@ -26,6 +26,7 @@ _HOME = {
     "SVDLinear": "adalora_kernels.nn",
     "compute_orth_regu": "adalora_kernels.allocator",
     "explain": "adalora_kernels.ops.explain",
+    "graphed_step": "adalora_kernels.allocator",
     "patch_model": "adalora_kernels.integrations.peft",
     "patch_peft": "adalora_kernels.integrations.peft",
     "svd_linear": "adalora_kernels.ops.svd_linear",
@@ -56,6 +57,7 @@ __all__ = [
     "__version__",
     "compute_orth_regu",
     "explain",
+    "graphed_step",
     "patch_model",
     "patch_peft",
     "reference",

@@ -171,16 +171,16 @@ class AdaLoraAdamW(torch.optim.AdamW):
 
     def _settings(self) -> Tensor:
         """Lr, weight decay, β₁, β₂, ε of each group, fp64: on the CPU, or on the device where that has the lr."""
-        rates = [g["lr"] for g in self.param_groups]
         rows = [[0.0, *map(float, (g["weight_decay"], *g["betas"], g["eps"]))] for g in self.param_groups]
         if self.allocator.clock is None:
-            rows = [[float(lr), *row[1:]] for lr, row in zip(rates, rows, strict=True)]
+            rows = [[float(g["lr"]), *row[1:]] for g, row in zip(self.param_groups, rows, strict=True)]
             return torch.tensor(rows, dtype=torch.float64)
         if self._table is None or self._table[0] != rows:
             self._table = rows, torch.tensor(rows, dtype=torch.float64, device=self._moments.device)
         table = self._table[1]
-        for row, lr in zip(table, rates, strict=True):
-            row[:1].copy_(lr.reshape(1))
+        for row, group in zip(table, self.param_groups, strict=True):
+            group["lr"] = _on_device(group["lr"], table.device)
+            row[0].copy_(group["lr"])
         return table
 
     def _sweep(self, turn: Turn, grads: list[Tensor | None], scale: Tensor) -> Tensor | None:

@@ -48,6 +48,11 @@ class Attachment:
         """Whether it wasn't detached."""
         return bool(self._handles)
 
+    @property
+    def counted_by_caller(self) -> bool:
+        """Whether the caller's own count gives the step's number."""
+        return self._step is not None
+
     def is_to(self, optimizer: Optimizer) -> bool:
         """Whether it is attached to this optimizer, wrapped or not."""
         return self.active and innermost(optimizer) is self.optimizer
