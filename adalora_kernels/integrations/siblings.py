@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from adalora_kernels.backends.select import Backend, select
 from adalora_kernels.integrations.svd_layer import FusedSVDLinear, GroupCall
 from adalora_kernels.ops.svd_linear import compute_dtype_of
-from adalora_kernels.ops.svd_linear_group import svd_linear_group
+from adalora_kernels.ops.svd_linear_group import GroupedLayer, shares_passes, svd_linear_group
 
 
 class _Turn(NamedTuple):
@@ -78,7 +78,8 @@ class Siblings:
     Args:
         parent: their parent.
         names: of the layers in it, at least two.
-        automatic: whether they are computed together only on a CUDA device under the triton backend.
+        automatic: whether they are computed together only on a CUDA device under the triton backend, and only where
+            that shares a pass over x.
     """
 
     def __init__(self, parent: nn.Module, names: tuple[str, ...], automatic: bool) -> None:
@@ -91,6 +92,7 @@ class Siblings:
         self._learned: dict[_Turn, tuple[str, ...]] = {}
         self._settled: dict[_Turn, tuple[str, ...]] = {}
         self._settled_at: object = None
+        self._paid: dict[tuple[Any, ...], bool] = {}
         for name in names:
             parent._modules[name].__dict__["_siblings"] = self
         if not automatic:
@@ -120,21 +122,24 @@ class Siblings:
         if frame is None or type(x) is not Tensor or x.is_inference():
             return None
         name = frame.name_of(layer, self._names)
-        call = layer.group_call(x) if name is not None else None
-        if name is None or call is None:
+        if name is None:
             return None
         turn, frame.before = _Turn(frame.before, name), name
         reading = frame.reading
         if reading is not None and reading.is_of(x):
-            return self._follow(reading, name, call)
+            return self._follow(reading, name, layer)
         if reading is not None:
             self._note_unused(reading)
         frame.reading = reading = _Reading(x, turn)
-        return self._lead(frame, reading, x, call)
+        return self._lead(frame, reading, x, layer)
 
-    def _lead(self, frame: _Frame, reading: _Reading, x: Tensor, call: GroupCall) -> Tensor | None:
+    def _lead(self, frame: _Frame, reading: _Reading, x: Tensor, layer: FusedSVDLinear) -> Tensor | None:
+        followers = frame.followers.get(reading.turn)
+        call = layer.group_call(x) if followers else None
+        if followers is None or call is None:
+            return None
         names, calls = [], [call]
-        for name in frame.followers.get(reading.turn, ()):
+        for name in followers:
             follower = frame.parent._modules.get(name)
             if type(follower) is not FusedSVDLinear or not _is_called_as_it_is(follower):
                 continue
@@ -142,19 +147,26 @@ class Siblings:
             if other is not None and (other.dropout_p, other.backend) == (call.dropout_p, call.backend):
                 names.append(name)
                 calls.append(other)
-        if not names:
-            return None
         layers = [other.layer for other in calls]
+        if not names or (self._automatic and not self._pays(reading.turn, x, layers, call)):
+            return None
         first, *others = svd_linear_group(x, layers, dropout_p=call.dropout_p, backend=call.backend)
         reading.waiting.update(zip(names, zip(calls[1:], others, strict=True), strict=True))
         return first
 
-    def _follow(self, reading: _Reading, name: str, call: GroupCall) -> Tensor | None:
+    def _follow(self, reading: _Reading, name: str, layer: FusedSVDLinear) -> Tensor | None:
         if name == reading.turn.name:
             return None
         asked, output = reading.waiting.pop(name, (None, None))
         self._note(reading.turn, name, True)
-        return output if asked is not None and asked.equals(call) else None
+        return output if asked is not None and layer.still_makes(asked) else None
+
+    def _pays(self, turn: _Turn, x: Tensor, layers: list[GroupedLayer], call: GroupCall) -> bool:
+        """As ``shares_passes``, asked once for each turn and order of magnitude of tokens."""
+        key = (turn, len(layers), x.numel().bit_length(), x.dtype, x.requires_grad, torch.is_grad_enabled())
+        if key not in self._paid:
+            self._paid[key] = shares_passes(x, layers, dropout_p=call.dropout_p, backend=call.backend)
+        return self._paid[key]
 
     def _note(self, turn: _Turn, name: str, read: bool) -> None:
         """Who was computed in vain must read the same x twice before it is computed ahead again."""

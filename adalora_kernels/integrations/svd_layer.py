@@ -24,6 +24,7 @@ from adalora_kernels.ops.svd_linear_group import GroupedLayer
 _READABLE_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _PLAIN = (Tensor, nn.Parameter)
 _DROPOUTS = (nn.Identity, nn.Dropout)
+_FACTORS = ("lora_A", "lora_E", "lora_B")
 _FORWARD_ATTRIBUTES = ("forward", "_old_forward")
 
 
@@ -34,20 +35,15 @@ class GroupCall(NamedTuple):
         layer: arguments of ``svd_linear_group``.
         dropout_p: 0 in evaluation.
         backend: as asked for.
-        parameter: that of which the layer's weight is a view.
+        adapter: name of the one that is active.
+        base: the layer's base, and its weight and bias.
     """
 
     layer: GroupedLayer
     dropout_p: float
     backend: str | Backend | None
-    parameter: Tensor
-
-    def equals(self, other: GroupCall) -> bool:
-        """Whether both read the same tensors in the same way."""
-        tensors = zip((self.parameter, *self.layer[1:5]), (other.parameter, *other.layer[1:5]), strict=True)
-        settings = (self.layer.scaling, self.dropout_p, self.backend)
-        same = settings == (other.layer.scaling, other.dropout_p, other.backend)
-        return same and all(a is b for a, b in tensors)
+    adapter: str
+    base: tuple[nn.Module, Tensor, Tensor | None]
 
 
 class FusedSVDLinear(SVDLinear):
@@ -72,7 +68,7 @@ class FusedSVDLinear(SVDLinear):
                 return output
         # Straight from the registries: twenty look-ups of module attributes would cost as much as the launch.
         modules = self._modules
-        lora_A, lora_E, lora_B = (modules[name]._parameters for name in ("lora_A", "lora_E", "lora_B"))
+        lora_A, lora_E, lora_B = (modules[name]._parameters for name in _FACTORS)
         dropouts = modules["lora_dropout"]._modules
         active = [name for name in self.active_adapters if name in lora_A]
         readable = type(x) in _PLAIN and not x.is_meta
@@ -92,10 +88,9 @@ class FusedSVDLinear(SVDLinear):
         for name in active:
             adapter = (lora_A[name], lora_E[name], lora_B[name])
             dropout = dropouts[name]
-            settings = {
-                "scaling": self.scaling[name] / (self._rank_constant(name) + 1e-5),
-                "dropout_p": dropout.p if type(dropout) is nn.Dropout else 0.0,
-                "training": dropout.training,
+            settings: dict[str, Any] = {
+                "scaling": self._increment_factor(name),
+                "dropout_p": _probability(dropout),
                 "backend": self.fused_backend,
             }
             if result is None and weight is not None:
@@ -109,7 +104,7 @@ class FusedSVDLinear(SVDLinear):
     def group_call(self, x: Tensor) -> GroupCall | None:
         """This layer's forward as a part of ``svd_linear_group``; None where it is anything else than one call."""
         modules = self._modules
-        lora_A, lora_E, lora_B = (modules[name]._parameters for name in ("lora_A", "lora_E", "lora_B"))
+        lora_A, lora_E, lora_B = (modules[name]._parameters for name in _FACTORS)
         active = [name for name in self.active_adapters if name in lora_A]
         base = modules["base_layer"]
         if len(active) != 1 or self.disable_adapters or self.merged_adapters or base_obstacle(base) is not None:
@@ -124,10 +119,30 @@ class FusedSVDLinear(SVDLinear):
         here = all(t is None or t.device == x.device for t in (weight, bias, A, E, B))
         if not here or weight.shape != (B.shape[0], x.shape[-1]) or A.shape != (B.shape[1], x.shape[-1]):
             return None
-        scaling = self.scaling[name] / (self._rank_constant(name) + 1e-5)
-        layer = GroupedLayer(weight, A, E, B, bias, None, scaling)
-        dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        return GroupCall(layer, dropout_p, self.fused_backend, base._parameters["weight"])
+        layer = GroupedLayer(weight, A, E, B, bias, None, self._increment_factor(name))
+        return GroupCall(
+            layer, _probability(dropout), self.fused_backend, name, (base, base._parameters["weight"], bias)
+        )
+
+    def still_makes(self, call: GroupCall) -> bool:
+        """Whether ``group_call`` would still give this, as it did for the x that the layer is now called with."""
+        modules, name = self._modules, call.adapter
+        base, weight, bias = call.base
+        _, *factors = call.layer[:4]
+        return (
+            modules["base_layer"] is base
+            and base._parameters["weight"] is weight
+            and base._parameters.get("bias") is bias
+            and all(modules[f]._parameters.get(name) is t for f, t in zip(_FACTORS, factors, strict=True))
+            and self.active_adapters == [name]
+            and not (self.disable_adapters or self.merged_adapters)
+            and self._increment_factor(name) == call.layer.scaling
+            and _probability(modules["lora_dropout"]._modules[name]) == call.dropout_p
+            and base_obstacle(base) is None
+        )
+
+    def _increment_factor(self, adapter: str) -> float:
+        return float(self.scaling[adapter] / (self._rank_constant(adapter) + 1e-5))
 
     def explain_layer(self) -> tuple[str, str, str, str]:
         """Backend, plan, reason and configuration, for ``adalora_kernels.explain``."""
@@ -142,8 +157,7 @@ class FusedSVDLinear(SVDLinear):
         obstacle = base_obstacle(base)
         weight = None if obstacle else _weight_as_n_k(base)
         dropout = self.lora_dropout[active[0]]
-        dropout_p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-        selection = explain_layer(weight, *adapter, dropout_p=dropout_p, backend=self.fused_backend)
+        selection = explain_layer(weight, *adapter, dropout_p=_probability(dropout), backend=self.fused_backend)
         if obstacle is not None:
             plan = f"base, then {selection.plan} into its output"
             selection = selection._replace(plan=plan, reason=f"{obstacle}; {selection.reason}")
@@ -165,6 +179,11 @@ class FusedSVDLinear(SVDLinear):
         if entry is None or entry[0] is not ranknum or entry[1] != version:
             entry = known[adapter] = (ranknum, version, float(ranknum.detach()))
         return float(entry[2])
+
+
+def _probability(dropout: nn.Module) -> float:
+    """That an element is dropped now: 0 in evaluation."""
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
 
 
 def base_obstacle(base: nn.Module) -> str | None:

@@ -91,6 +91,25 @@ def svd_linear_group(
     return outputs
 
 
+def shares_passes(
+    x: Tensor, layers: Sequence[GroupedLayer], *, dropout_p: float = 0.0, backend: str | Backend | None = None
+) -> bool:
+    """Whether ``svd_linear_group`` would go over x once for several layers, forward or, with gradients on, backward.
+
+    Only the triton backend does, where that is fast by calculation. Arguments as there; they aren't checked.
+    """
+    dtype, rank = compute_dtype_of(x), max(layer.lora_A.shape[0] for layer in layers)
+    selection = select("svd_linear", x.device.type, dtype, rank, backend)
+    if selection.backend is not Backend.TRITON or dropout_p > 0:
+        return False
+    from adalora_kernels.backends.triton import group
+
+    x_2d = x.new_empty(()).expand(math.prod(x.shape[:-1]), x.shape[-1])
+    members = [Member(w, bias, Adapter(a, e, b, mask, None, c, 0.0, dtype)) for w, a, e, b, bias, mask, c in layers]
+    needs = (torch.is_grad_enabled(), x.requires_grad)
+    return group.shares_passes(x_2d, members, *needs, selection.plan_asked_for)
+
+
 _TENSORS = 7  # of a layer, as they follow each other in the node's arguments
 
 
@@ -171,4 +190,4 @@ class _SVDLinearGroup(torch.autograd.Function):
         return tuple(found)
 
 
-__all__ = ["GroupedLayer", "svd_linear_group"]
+__all__ = ["GroupedLayer", "shares_passes", "svd_linear_group"]

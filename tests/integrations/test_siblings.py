@@ -389,12 +389,16 @@ def test_linked_and_unlinked() -> None:
 
 
 def test_automatic_where_the_layers_run_on_triton(groups: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decided at a call, since a model may be moved after it was patched."""
+    """Decided at a call, since a model may be moved after it was patched; and where it shares a pass over x."""
     model = patch_model(build("llama", **LLAMA))
     steps(model, 2)
     assert not groups
     monkeypatch.setattr(siblings, "_runs_on_triton", lambda layer, x: True)
-    steps(model, 4)  # starts to watch, learns, and then
+    steps(model, 4)
+    assert not groups
+    monkeypatch.setattr(siblings, "shares_passes", lambda x, layers, **options: True)
+    linked(model)[0]._paid.clear(), linked(model)[1]._paid.clear()
+    steps(model, 2)
     assert groups == [3, 2] * 2
 
 

@@ -37,9 +37,14 @@ def forward(x: Tensor, members: Sequence[Member], plan: str | None = None) -> li
         RuntimeError: the plan asked for can't run a member.
     """
     found = _stacks(members)
-    if found and _forward_pays(tuple(problem_of(x, m.weight, m.adapter) for m in members), len(found), plan):
+    problems = tuple(problem_of(x, m.weight, m.adapter) for m in members)
+    if found and _forward_pays(problems, len(found), plan):
         return _stacked_forward(x, members, found)
-    return one_by_one.forward(x, members, partial(layer.svd_linear_forward, plan=plan))
+    names = [plans.choose(p, plan).forward for p in problems]
+    return [
+        plans.launcher("forward", name)(x, weight, bias, None, adapter)
+        for name, (weight, bias, adapter) in zip(names, members, strict=True)
+    ]
 
 
 def backward(
@@ -59,6 +64,16 @@ def backward(
         return _stacked_backward(grads, x, us, members, need_x, needs)
     launch = partial(layer.svd_linear_backward, plan=plan)
     return one_by_one.backward(grads, x, us, members, need_x, needs, launch)
+
+
+def shares_passes(
+    x: Tensor, members: Sequence[Member], need_gradients: bool, need_x: bool, plan: str | None = None
+) -> bool:
+    """Whether several members would share a pass over x, in the forward or in a backward."""
+    found = _stacks(members)
+    problems = tuple(problem_of(x, m.weight, m.adapter, need_x) for m in members)
+    pays = _backward_pays if need_gradients else _forward_pays
+    return bool(found) and (_forward_pays(problems, len(found), plan) or pays(problems, len(found), plan))
 
 
 def _stacks(members: Sequence[Member]) -> list[Stack]:
@@ -160,4 +175,4 @@ def _stacked_backward(
     return None if dx is None else dx.to(x.dtype), gradients
 
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "shares_passes"]

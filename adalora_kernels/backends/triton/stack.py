@@ -9,6 +9,7 @@ single layers' kernels take it. Starts are multiples of 16, which the kernels' l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import triton
@@ -73,16 +74,21 @@ def stackable(adapters: Sequence[Adapter]) -> bool:
 
 def stacks(adapters: dict[int, Adapter]) -> list[Stack]:
     """The members, by position, of stacks in order: as few as hold the ranks, at most ``MAX_RANK`` columns in each."""
-    found: list[list[int]] = []
+    return _stacks(tuple((i, adapter.lora_A.shape[0]) for i, adapter in adapters.items()))
+
+
+@cache
+def _stacks(ranks: tuple[tuple[int, int], ...]) -> list[Stack]:
+    found: list[list[tuple[int, int]]] = []
     columns = 0
-    for i, adapter in adapters.items():
-        width = rank_padding(adapter.lora_A.shape[0])
+    for member, rank in ranks:
+        width = rank_padding(rank)
         if not found or len(found[-1]) == _MOST or columns + width > MAX_RANK:
             found.append([])
             columns = 0
-        found[-1].append(i)
+        found[-1].append((member, rank))
         columns += width
-    return [_stack(members, [adapters[i].lora_A.shape[0] for i in members]) for members in found]
+    return [_stack([i for i, _ in members], [rank for _, rank in members]) for members in found]
 
 
 def _stack(members: Sequence[int], ranks: Sequence[int]) -> Stack:

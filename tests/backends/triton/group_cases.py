@@ -19,7 +19,7 @@ from adalora_kernels.backends.triton.forward import configurations
 from adalora_kernels.backends.triton.problem import Problem
 from adalora_kernels.backends.triton.stack import stacks
 from adalora_kernels.backends.triton.tiles import Family, Tile
-from adalora_kernels.ops.svd_linear_group import GroupedLayer, svd_linear_group
+from adalora_kernels.ops.svd_linear_group import GroupedLayer, shares_passes, svd_linear_group
 from adalora_kernels.reference import svd_linear_group as reference
 from adalora_kernels.reference.svd_linear import Adapter
 from adalora_kernels.reference.svd_linear_group import Member
@@ -292,6 +292,22 @@ def test_plan_that_cannot_run_raises() -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="forward plan 'delta' can't run"):
         patch.setattr(group, "_forward_pays", CHOICE["_forward_pays"])
         svd_linear_group(inputs.x, layers, backend="triton:delta")
+
+
+def test_whether_passes_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_forward_pays", "_backward_pays"):
+        monkeypatch.setattr(group, name, CHOICE[name])
+    inputs = Group((12, 5), torch.float32)
+    x = inputs.x.requires_grad_()
+    layers = [GroupedLayer(i.weight, i.lora_A, i.lora_E, i.lora_B, i.bias) for i in inputs.layers]
+    for plan, forward, backward in (("shrink_tail/split", True, True), ("one_pass/blas", False, True)):
+        assert shares_passes(x, layers, backend=f"triton:{plan}") is backward
+        with torch.no_grad():
+            assert shares_passes(x, layers, backend=f"triton:{plan}") is forward
+    assert not shares_passes(x, layers, backend="triton:published/one_gemm")
+    assert not shares_passes(x, layers, dropout_p=0.1, backend="triton:shrink_tail/blas")
+    assert not shares_passes(x, layers[:1], backend="triton:shrink_tail/blas")
+    assert not shares_passes(x, layers, backend="reference")
 
 
 def test_choice_by_calculated_cost() -> None:
