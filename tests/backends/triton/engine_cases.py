@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from adalora_kernels.backends import triton as backend
-from adalora_kernels.backends.triton.engine import tables
+from adalora_kernels.backends.triton.engine import sweep, tables
 from adalora_kernels.reference import adamw, allocation, importance, orthogonality
 from adalora_kernels.reference.importance import TripletLayout
 from adalora_kernels.testing.tolerances import assert_within_budget
@@ -221,6 +221,33 @@ def test_adamw(shapes: Any, dtypes: tuple[torch.dtype, ...], pre_step: bool) -> 
                 p.copy_(q)
                 wide.copy_(q)
     compare(ours, same, exact)
+
+
+def test_adamw_reads_settings_on_the_device() -> None:
+    """As the host's, bit for bit, also after they have changed."""
+    ours, same = Run(EVEN, (FLOAT32,)), Run(EVEN, (FLOAT32,))
+    grads = random_like(ours.shapes, (FLOAT32,), 1)
+    device = ours.moments.device
+    words = [tables.words_of("", tensors, ours.shapes, device)[0] for tensors in (ours.params, grads)]
+    settings = torch.tensor(SETTINGS, dtype=torch.float64, device=device)
+    state = sweep.Optimizer(ours.moments, ours.steps, ours.groups, torch.ones(1, device=device).double(), settings)
+    assert sweep.sweep(ours.layout, *words, device, ours.importance, state) and same.step(backend, grads)
+    assert all(torch.equal(ours.tensors[name], value) for name, value in same.tensors.items())
+    settings[:, :2] = 0.0  # no learning rate, no decay
+    sweep.sweep(ours.layout, *words, device, None, state)
+    assert ours.steps.eq(2).all() and all(torch.equal(p, q) for p, q in zip(ours.params, same.params, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_budget_on_the_device(dtype: torch.dtype) -> None:
+    scores = torch.tensor([3.0, 1.0, 2.0, 2.0, 2.0, 0.0, 7.0], device=DEVICE)
+    for budget in range(9):
+        found = []
+        for given in (budget, torch.tensor([budget], dtype=dtype, device=DEVICE)):
+            E = [torch.ones(4, 1, device=DEVICE), torch.ones(3, 1, device=DEVICE)]
+            live = torch.ones(7, dtype=torch.bool, device=DEVICE)
+            found.append((backend.mask_to_budget(scores, E, given, live), live, *E))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), budget
 
 
 def test_overflow_in_adamw_leaves_the_averages() -> None:

@@ -27,7 +27,8 @@ def adamw_update(
 ) -> Tensor:
     """One step of all adapters in one launch; see ``reference.adamw.adamw_update``.
 
-    The settings go to the device with the addresses. Bitwise repeatable. Gradients that aren't contiguous are copied.
+    Settings on the CPU go to the device with the addresses; those on the device are copied there. Bitwise repeatable.
+    Gradients that aren't contiguous are copied.
 
     Raises:
         ValueError: where a shape or a device is not the layout's or the moments', or a parameter is not contiguous.
@@ -40,8 +41,9 @@ def adamw_update(
     check("steps", steps, torch.float32, count, device)
     check("groups", groups, torch.int64, count, device)
     check("grad_scale", grad_scale, torch.float64, 1, device)
-    if settings.dtype != torch.float64 or settings.device.type != "cpu" or settings.shape[1:] != (5,):
-        raise ValueError(f"settings: expected float64 [groups, 5] on cpu, got {describe(settings)}")
+    on_host = settings.device.type == "cpu"
+    if settings.dtype != torch.float64 or settings.shape[1:] != (5,) or not (on_host or settings.device == device):
+        raise ValueError(f"settings: expected float64 [groups, 5] on cpu or {device}, got {describe(settings)}")
     if importance is not None:
         check_importance(layout, importance, device)
     shapes = shapes_of(layout)
@@ -49,7 +51,7 @@ def adamw_update(
     if any(held is not param for held, param in zip(held_params, params, strict=True)):
         raise ValueError("params: expected contiguous tensors")
     grad_words, held_grads = words_of("grads", grads, shapes, device)
-    numbers = [bits_of(value) for row in settings.tolist() for value in row]
+    numbers = [bits_of(value) for row in settings.tolist() for value in row] if on_host else settings
     optimizer = Optimizer(moments, steps, groups, grad_scale, numbers)
     taken = sweep(layout, param_words, grad_words, device, importance, optimizer)
     del held_grads

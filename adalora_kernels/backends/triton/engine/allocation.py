@@ -71,8 +71,21 @@ def _zero(owners_ptr, words_ptr, layers, triplets, dead):
 
 @triton.jit(do_not_specialize=["total", "prune", "layers"])
 def _mask_to_budget_kernel(
-    scores_ptr, owners_ptr, words_ptr, live_ptr, enabled_ptr, threshold_ptr, total, prune, layers, BLOCK: tl.constexpr
+    scores_ptr,
+    owners_ptr,
+    words_ptr,
+    live_ptr,
+    enabled_ptr,
+    threshold_ptr,
+    budget_ptr,
+    total,
+    prune,
+    layers,
+    BLOCK: tl.constexpr,
 ):
+    """Where there is a ``budget_ptr``, an integer, it takes the place of ``prune``."""
+    if budget_ptr is not None:
+        prune = total - tl.load(budget_ptr).to(tl.int32)
     threshold = tl.where(prune > 0, _kth_smallest(scores_ptr, total, prune, BLOCK), float("-inf"))
     tl.store(threshold_ptr, threshold)
     enabled = True
@@ -120,7 +133,7 @@ def _values(lora_E: Sequence[Tensor], live: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_to_budget(
-    scores: Tensor, lora_E: Sequence[Tensor], budget: int, live: Tensor, enabled: Tensor | None = None
+    scores: Tensor, lora_E: Sequence[Tensor], budget: int | Tensor, live: Tensor, enabled: Tensor | None = None
 ) -> Tensor:
     """Zero E at or below the (total - budget)-th smallest score; see ``reference.allocation.mask_to_budget``.
 
@@ -145,8 +158,9 @@ def mask_to_budget(
         live,
         enabled,
         threshold,
+        budget if isinstance(budget, Tensor) else None,
         total,
-        total - budget,
+        0 if isinstance(budget, Tensor) else total - budget,
         len(lora_E),
         **_OPTIONS,
     )

@@ -39,13 +39,16 @@ _INFINITY = tl.constexpr(0x7F800000)  # its bits in fp32; those of NaN are above
 
 
 class Optimizer(NamedTuple):
-    """The state of AdamW; see ``reference.adamw.adamw_update``. ``settings`` are the bits of its fp64 rows."""
+    """The state of AdamW; see ``reference.adamw.adamw_update``.
+
+    ``settings`` are the bits of its fp64 rows, or these rows on the device.
+    """
 
     moments: Tensor
     steps: Tensor
     groups: Tensor
     grad_scale: Tensor
-    settings: list[int]
+    settings: list[int] | Tensor
 
 
 @triton.jit
@@ -297,7 +300,7 @@ def sweep(
     """
     items = items_of(layout, device)
     layers = len(layout.shapes)
-    words = on_device(("sweep", layout), params + grads + ([] if optimizer is None else optimizer.settings), device)
+    words = _words(layout, params + grads, None if optimizer is None else optimizer.settings, device)
     state, half, scores, beta1, beta2, pre_step = importance or (None, None, None, 0.0, 0.0, False)
     moments, steps, groups, scale = (None,) * 4 if optimizer is None else optimizer[:4]
     sums = pending = None
@@ -348,6 +351,17 @@ def sweep(
         maxnreg=128,
     )
     return taken
+
+
+def _words(
+    layout: TripletLayout, words: list[int], settings: list[int] | Tensor | None, device: torch.device
+) -> Tensor:
+    """The words of parameters and gradients and the settings, on the device."""
+    if not isinstance(settings, Tensor):
+        return on_device(("sweep", layout), words + (settings or []), device)
+    table = on_device(("sweep", layout), words + [0] * settings.numel(), device)
+    table[len(words) :].copy_(settings.reshape(-1).view(torch.int64))
+    return table
 
 
 __all__ = ["Optimizer", "sweep"]
