@@ -1,0 +1,114 @@
+"""How much a whole step of the budget engine launches: kernels, copies and fills, whatever the number of layers.
+
+A stub stands for the driver, so the kernels are compiled and their launches counted, not made. Every operator of
+PyTorch that would run on the device counts too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+triton = pytest.importorskip("triton")
+
+from adalora_kernels.backends import triton as backend  # noqa: E402
+from adalora_kernels.backends.triton import launch  # noqa: E402
+from adalora_kernels.reference.adamw import Importance  # noqa: E402
+from adalora_kernels.reference.importance import TripletLayout  # noqa: E402
+from tests.backends.triton.stub_driver import StubDriver, stub_driver  # noqa: E402
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set in this process")
+
+MOST = 6
+NO_WORK = {"aten.empty.memory_format", "aten.view.default", "aten.detach.default"}  # on the device
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that are called, but for those that only make tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(function) not in NO_WORK:
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Model:
+    """The tensors of so many layers, and one step on them."""
+
+    def __init__(self, layers: int) -> None:
+        self.layout = TripletLayout(((4, 8, 12),) * layers)
+        self.shapes = [shape for r, k, n in self.layout.shapes for shape in ((r, k), (r, 1), (n, r))]
+        self.params = [torch.zeros(s) for s in self.shapes]
+        elements, rank = self.layout.total_elements, self.layout.total_rank
+        self.importance = Importance(
+            torch.zeros(2, 2, elements), torch.zeros(1, dtype=torch.int32), torch.zeros(rank), 0.85, 0.85, False
+        )
+        self.live = torch.ones(rank, dtype=torch.bool)
+        self.moments, self.steps = torch.zeros(2, elements), torch.zeros(3 * layers)
+        self.groups = torch.zeros(3 * layers, dtype=torch.int64)
+        self.scale = torch.ones(1, dtype=torch.float64)
+
+    def step(self, grads: list[Tensor], settings: Tensor | None, budget: int) -> None:
+        """Orthogonality forward and backward, AdamW and importance or importance alone, masking."""
+        lora_A, lora_B = self.params[::3], self.params[2::3]
+        value, slopes = backend.orthogonality(lora_A, lora_B, 0.1, False)
+        backend.orthogonality_gradients(lora_A, lora_B, slopes, value, [*grads[::3], *grads[2::3]], True)
+        i = self.importance
+        if settings is None:
+            finite = backend.importance_update(self.layout, self.params, grads, *i[:5])
+        else:
+            state = self.moments, self.steps, self.groups, settings, self.scale
+            finite = backend.adamw_update(self.layout, self.params, grads, *state, i)
+        backend.mask_to_budget(i.scores, self.params[1::3], budget, self.live, finite)
+
+
+@pytest.fixture(scope="module")
+def stub() -> Iterator[StubDriver]:
+    """One for all tests, since compiled kernels keep the driver that they were compiled with."""
+    with pytest.MonkeyPatch.context() as patch, stub_driver() as driver:
+        patch.setattr(launch, "_shapes", {})
+        yield driver
+
+
+def counted(stub: StubDriver, step: Callable[[], None]) -> tuple[int, list[str]]:
+    """Kernels and operators of one step."""
+    stub.launches.clear()
+    with Operators() as operators:
+        step()
+    return len(stub.launches), operators.names
+
+
+@pytest.mark.parametrize("layers", [3, 72, 300])
+@pytest.mark.parametrize("optimizer", [False, True], ids=["importance", "adamw"])
+def test_a_step_of_any_model(optimizer: bool, layers: int, stub: StubDriver) -> None:
+    """After the first step, in which tables are made; at each all gradients move and the settings change."""
+    model, kept = Model(layers), []
+    for number in range(3):
+        grads = [torch.zeros(s) for s in model.shapes]
+        settings = torch.full((1, 5), 0.1 + number, dtype=torch.float64) if optimizer else None
+        kept.append((grads, settings, model.layout.total_rank // 2 - number))
+        kernels, operators = counted(stub, lambda: model.step(*kept[-1]))
+        if number > 0:
+            assert kernels == 4 and operators == ["aten.copy_.default"] * 2
+            assert kernels + len(operators) <= MOST
+    assert counted(stub, lambda: model.step(*kept[-1])) == (4, []), "nothing moved, so nothing is copied"
+
+
+def test_a_step_without_ranking(stub: StubDriver) -> None:
+    """The norm of all gradients and the pattern kept as it is: a launch each, and a copy for the norm's addresses."""
+    model = Model(72)
+    for number in range(3):
+        grads = [torch.zeros(s) for s in model.shapes]
+        kernels, operators = counted(stub, lambda grads=grads: backend.total_norm(grads))  # type: ignore[misc]
+        assert kernels == 1 and (number == 0 or operators == ["aten.copy_.default"])
+        kernels, operators = counted(stub, lambda: backend.zero_pruned(model.live, model.params[1::3]))
+        assert kernels == 1 and (number == 0 or not operators)
