@@ -47,14 +47,15 @@ class CudaGraph:
         return None if device.type == "cuda" else f"expected on a CUDA device, which alone has graphs, got {device}"
 
     def warm_up(self, run: Run, times: int) -> None:
-        """On a side stream; in the last run whatever waits for the device raises, with the traceback of its place."""
+        """On a side stream. In the last of several runs whatever waits for the device raises where it does; the first
+        has to, for what is made once."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         mode = torch.cuda.get_sync_debug_mode()
         try:
             with torch.cuda.stream(side):
                 for i in range(times):
-                    if i == times - 1:
+                    if 0 < i == times - 1:
                         torch.cuda.set_sync_debug_mode("error")
                     run()
         finally:

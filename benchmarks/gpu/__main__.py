@@ -71,7 +71,7 @@ def main() -> int:
 
 def core(machine: Machine, deadline: float) -> int:
     """Checks, the core set, the host's time; then the record and the bounds."""
-    from benchmarks.gpu import checks, children, host, records
+    from benchmarks.gpu import checks, children, graphed, host, records
     from benchmarks.gpu.layers import Case
     from benchmarks.gpu.questions import ceilings
     from benchmarks.gpu.rows import RANK, Row, rows
@@ -80,7 +80,8 @@ def core(machine: Machine, deadline: float) -> int:
     print(extension())
     content: dict[str, Any] = {"environment": machine.environment(), "records": [], "left_out": []}
     sanitizer = children.under_the_sanitizer(machine, "memcheck", timeout=120)
-    seen = list(announced(chain(children.parity(machine), checks.public_call(machine), sanitizer)))
+    public = chain(checks.public_call(machine), graphed.whole_steps(machine))
+    seen = list(announced(chain(children.parity(machine), public, sanitizer)))
     content["checks"] = [check.record() for check in seen if check.outcome != "holds"]
     content["checks_held"] = sum(check.outcome == "holds" for check in seen)
     failed = [check for check in seen if check.outcome == "FAILED"]

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import checks, layers, rows
+from benchmarks.gpu import checks, graphed, layers, rows
 from benchmarks.gpu.layers import Case
 from benchmarks.gpu.machine import Machine
 from benchmarks.gpu.records import Sweep
@@ -52,6 +52,13 @@ def test_parts(tmp_path: Path) -> None:
     assert asked == {
         "ceilings", "host time of a launch", "plain product", "accumulation", "backward passes"
     }  # fmt: skip
+
+
+def test_graphed_steps_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine("cpu", 1, ROOT)
+    monkeypatch.setattr(graphed, "plain_losses", lambda *_: [1.0] * 24)
+    outcomes = [(check.outcome, check.detail) for check in graphed.whole_steps(machine)]
+    assert {outcome for outcome, _ in outcomes} == {"FAILED", "skipped"} and "losses differ" in outcomes[0][1]
 
 
 def test_dry_records_go_where_git_ignores_them() -> None:
