@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from adalora_kernels import svd_linear
+from adalora_kernels.ops.importance import sinks
 from adalora_kernels.ops.svd_linear_group import GroupedLayer, svd_linear_group
 from adalora_kernels.testing.inputs import layer_inputs
 from adalora_kernels.testing.tolerances import assert_within_budget
@@ -202,3 +203,26 @@ def test_bad_input_names_the_layer() -> None:
         svd_linear_group(x, layers, dropout_p=2.0)
     with pytest.raises(TypeError, match=r"^x: expected a 16-, 32- or 64-bit floating-point tensor"):
         svd_linear_group(torch.zeros(2, 33, dtype=torch.int64), layers)
+
+
+def test_gradients_are_handed_to_the_layers_sinks() -> None:
+    """As the single layer's backward does; a layer whose output isn't used has none to hand over."""
+
+    class Recording:
+        def __init__(self) -> None:
+            self.taken: list[tuple[Tensor, ...]] = []
+
+        def take_layer(self, *tensors: Tensor) -> None:
+            self.taken.append(tensors)
+
+    x, layers, grads = group_inputs()
+    recorded = Recording()
+    for layer in layers:
+        sinks[layer.lora_A] = recorded
+    ys = svd_linear_group(x, layers)
+    torch.autograd.backward([ys[0], ys[2]], [grads[0], grads[2]])
+    assert [id(lora_A) for lora_A, *_ in recorded.taken] == [id(layers[0].lora_A), id(layers[2].lora_A)]
+    for lora_A, *handed in recorded.taken:
+        layer = next(layer for layer in layers if layer.lora_A is lora_A)
+        for gradient, factor in zip(handed, layer[1:4], strict=True):
+            torch.testing.assert_close(gradient, factor.grad)

@@ -94,7 +94,7 @@ def sum_of_dx(p: Problem) -> float:
 
 
 def group_forward(problems: Sequence[Problem], passes: int) -> float:
-    """Layers that read the same x: ``shrink_tail``, with ``passes`` over x for those of them that have a rank."""
+    """Layers that read the same x: ``shrink_tail``, with ``passes`` over x for all of them."""
     return sum(shrink_tail(p) for p in problems) - _spared(problems, passes, 0)
 
 
@@ -109,9 +109,8 @@ def group_backward(problems: Sequence[Problem], passes: int) -> float:
 
 def _spared(problems: Sequence[Problem], passes: int, over_dx: int) -> float:
     """What launches and passes cost that a group doesn't make: over x, and ``over_dx`` times over dx beside it."""
-    p = max(problems, key=lambda p: p.rank)
-    fewer = sum(p.rank > 0 for p in problems) - passes
-    return fewer * (_LAUNCH + _read_x(p) + over_dx * _pass(p, p.in_features))
+    p = problems[0]
+    return (len(problems) - passes) * (_LAUNCH + _read_x(p) + over_dx * _pass(p, p.in_features))
 
 
 def _product(p: Problem, narrow: int = 0, quality: float = 1.0) -> float:

@@ -18,6 +18,13 @@ from torch import Tensor
 
 from adalora_kernels.backends import triton as layer
 from adalora_kernels.backends.triton import costs, plans
+from adalora_kernels.backends.triton.backward.frozen import frozen_gradients, has_low_rank
+from adalora_kernels.backends.triton.backward.g_pass import pass_over_g
+from adalora_kernels.backends.triton.backward.group import pass_over_x
+from adalora_kernels.backends.triton.backward.slab_sums import finish
+from adalora_kernels.backends.triton.forward.gemm import multiply
+from adalora_kernels.backends.triton.forward.group import shrink_stack
+from adalora_kernels.backends.triton.forward.shrink import has_dependent_launch
 from adalora_kernels.backends.triton.problem import Problem, problem_of
 from adalora_kernels.backends.triton.stack import Stack, stackable, stacks
 from adalora_kernels.reference import svd_linear_group as one_by_one
@@ -38,7 +45,7 @@ def forward(x: Tensor, members: Sequence[Member], plan: str | None = None) -> li
     """
     found = _stacks(members)
     problems = tuple(problem_of(x, m.weight, m.adapter) for m in members)
-    if found and _forward_pays(problems, len(found), plan):
+    if found and _forward_pays(_ranked(problems), len(found), plan):
         return _stacked_forward(x, members, found)
     names = [plans.choose(p, plan).forward for p in problems]
     return [
@@ -60,7 +67,7 @@ def backward(
     used = [i for i, grad_y in enumerate(grads) if grad_y is not None]
     found = _stacks([members[i] for i in used]) if x.numel() > 0 else []
     problems = tuple(problem_of(x, members[i].weight, members[i].adapter, need_x) for i in used)
-    if found and _backward_pays(problems, len(found), plan):
+    if found and _backward_pays(_ranked(problems), len(found), plan):
         return _stacked_backward(grads, x, us, members, need_x, needs)
     launch = partial(layer.svd_linear_backward, plan=plan)
     return one_by_one.backward(grads, x, us, members, need_x, needs, launch)
@@ -71,7 +78,7 @@ def shares_passes(
 ) -> bool:
     """Whether several members would share a pass over x, in the forward or in a backward."""
     found = _stacks(members)
-    problems = tuple(problem_of(x, m.weight, m.adapter, need_x) for m in members)
+    problems = _ranked(tuple(problem_of(x, m.weight, m.adapter, need_x) for m in members))
     pays = _backward_pays if need_gradients else _forward_pays
     return bool(found) and (_forward_pays(problems, len(found), plan) or pays(problems, len(found), plan))
 
@@ -83,6 +90,11 @@ def _stacks(members: Sequence[Member]) -> list[Stack]:
         return []
     found = stacks(ranked)
     return found if len(found) < len(ranked) else []
+
+
+def _ranked(problems: tuple[Problem, ...]) -> tuple[Problem, ...]:
+    """Those that have a low-rank term, and so something to share."""
+    return tuple(p for p in problems if p.rank > 0)
 
 
 @cache
@@ -115,10 +127,6 @@ def _backward_pays(problems: tuple[Problem, ...], passes: int, plan: str | None)
 
 
 def _stacked_forward(x: Tensor, members: Sequence[Member], found: Sequence[Stack]) -> list[tuple[Tensor, Tensor]]:
-    from adalora_kernels.backends.triton.forward.gemm import multiply
-    from adalora_kernels.backends.triton.forward.group import shrink_stack
-    from adalora_kernels.backends.triton.forward.shrink import has_dependent_launch
-
     dependent = len(found) == 1 and has_dependent_launch(x.device)
     compute_dtype = members[0].adapter.compute_dtype
     us = [x.new_empty((x.shape[0], 0), dtype=compute_dtype)] * len(members)
@@ -142,10 +150,6 @@ def _stacked_backward(
     need_x: bool,
     needs: Sequence[tuple[bool, bool, bool]],
 ) -> tuple[Tensor | None, list[Gradients]]:
-    from adalora_kernels.backends.triton.backward.frozen import frozen_gradients, has_low_rank
-    from adalora_kernels.backends.triton.backward.g_pass import pass_over_g
-    from adalora_kernels.backends.triton.backward.group import pass_over_x
-    from adalora_kernels.backends.triton.backward.slab_sums import finish
 
     dx: Tensor | None = None
     gradients: list[Gradients] = [(None, None, None)] * len(members)

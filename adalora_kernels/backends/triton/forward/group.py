@@ -121,7 +121,7 @@ def shrink_stack(
     if width is Width.HALF and not describable(x):
         width = Width.MIXED
     tile = configurations.choose("shrink", width, stack.total, x, *factors)
-    row_blocks = triton.cdiv(M, tile.block_m)
+    row_blocks = -(-M // tile.block_m)
     slices, columns_per_slice = slices_of(K, tile.block_k, row_blocks, x.device)
     partial = counters = None
     if slices > 1:
