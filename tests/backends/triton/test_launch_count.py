@@ -25,7 +25,7 @@ from tests.backends.triton.stub_driver import StubDriver, stub_driver  # noqa: E
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set in this process")
 
 MOST = 6
-NO_WORK = {"aten.empty.memory_format", "aten.view.default", "aten.detach.default"}  # on the device
+NO_WORK = {"aten.empty.memory_format", "aten.slice.Tensor", "aten.view.default", "aten.detach.default"}  # on the device
 
 
 class Operators(TorchDispatchMode):
@@ -88,13 +88,13 @@ def counted(stub: StubDriver, step: Callable[[], None]) -> tuple[int, list[str]]
 
 
 @pytest.mark.parametrize("layers", [3, 72, 300])
-@pytest.mark.parametrize("optimizer", [False, True], ids=["importance", "adamw"])
-def test_a_step_of_any_model(optimizer: bool, layers: int, stub: StubDriver) -> None:
+@pytest.mark.parametrize("optimizer", ["any", "adamw"])
+def test_a_step_of_any_model(optimizer: str, layers: int, stub: StubDriver) -> None:
     """After the first step, in which tables are made; at each all gradients move and the settings change."""
     model, kept = Model(layers), []
     for number in range(3):
         grads = [torch.zeros(s) for s in model.shapes]
-        settings = torch.full((1, 5), 0.1 + number, dtype=torch.float64) if optimizer else None
+        settings = torch.full((1, 5), 0.1 + number, dtype=torch.float64) if optimizer == "adamw" else None
         kept.append((grads, settings, model.layout.total_rank // 2 - number))
         kernels, operators = counted(stub, lambda: model.step(*kept[-1]))
         if number > 0:

@@ -27,8 +27,8 @@ def adamw_update(
 ) -> Tensor:
     """One step of all adapters in one launch; see ``reference.adamw.adamw_update``.
 
-    Settings on the CPU go to the device with the addresses; those on the device are copied there. Bitwise repeatable.
-    Gradients that aren't contiguous are copied.
+    Settings on the CPU go to the device with the addresses; those on the device are read where they lie. Bitwise
+    repeatable. Gradients that aren't contiguous are copied.
 
     Raises:
         ValueError: where a shape or a device is not the layout's or the moments', or a parameter is not contiguous.
@@ -51,7 +51,7 @@ def adamw_update(
     if any(held is not param for held, param in zip(held_params, params, strict=True)):
         raise ValueError("params: expected contiguous tensors")
     grad_words, held_grads = words_of("grads", grads, shapes, device)
-    numbers = [bits_of(value) for row in settings.tolist() for value in row] if on_host else settings
+    numbers = [bits_of(value) for row in settings.tolist() for value in row] if on_host else settings.contiguous()
     optimizer = Optimizer(moments, steps, groups, grad_scale, numbers)
     taken = sweep(layout, param_words, grad_words, device, importance, optimizer)
     del held_grads

@@ -88,7 +88,8 @@ def _finish(shares_ptr, slopes_ptr, value_ptr, R, pieces, factor, SQUARED: tl.co
     else:
         slope = tl.where(norm > 0.0, tl.div_rn(2.0 * factor, tl.where(norm > 0.0, norm, 1.0)), 0.0)
         tl.store(value_ptr, factor * norm)
-    for first_again in range(0, size, _FLAT):  # each thread finds what it has stored
+    tl.debug_barrier()  # what is read again may have been stored by another thread
+    for first_again in range(0, size, _FLAT):
         again = first_again + f
         tl.store(slopes_ptr + again, slope * tl.load(slopes_ptr + again, mask=again < size), mask=again < size)
 

@@ -166,6 +166,7 @@ def _sweep_kernel(
     layers_ptr,
     items_ptr,
     words_ptr,
+    settings_ptr,
     moments_ptr,
     steps_ptr,
     groups_ptr,
@@ -195,8 +196,8 @@ def _sweep_kernel(
     B_ROWS: tl.constexpr,
     SLAB: tl.constexpr,
 ):
-    """``words``: of all parameters, of all gradients, then the settings. ``workspace``: the ticket of all layers,
-    whether any s was not finite, and a ticket for each layer."""
+    """``words``: of all parameters, then of all gradients. ``settings``: bits of fp64. ``workspace``: the ticket of all
+    layers, whether any s was not finite, and a ticket for each layer."""
     item_ptr = items_ptr + tl.program_id(0) * _ITEM_ROW
     layer = tl.load(item_ptr)
     part = tl.load(item_ptr + 1)
@@ -233,7 +234,7 @@ def _sweep_kernel(
         moments = (_at(moments_ptr, offset, ALIGNED), _at(moments_ptr, elements + offset, ALIGNED))
         scale = tl.load(scale_ptr).to(tl.float32)
         t = tl.load(steps_ptr + tensor).to(tl.float64) + 1.0
-        constants = (scale, adamw_constants(words_ptr + 6 * layers, tl.load(groups_ptr + tensor), t))
+        constants = (scale, adamw_constants(settings_ptr, tl.load(groups_ptr + tensor), t))
     if IMPORTANCE:
         half = tl.load(half_ptr).to(tl.int64)
         old, new = half * 2 * elements + offset, (1 - half) * 2 * elements + offset
@@ -300,7 +301,14 @@ def sweep(
     """
     items = items_of(layout, device)
     layers = len(layout.shapes)
-    words = _words(layout, params + grads, None if optimizer is None else optimizer.settings, device)
+    settings = None if optimizer is None else optimizer.settings
+    numbers = params + grads
+    if isinstance(settings, list):
+        words = on_device(("sweep", layout), numbers + settings, device)
+        settings = words[len(numbers) :]
+    else:
+        words = on_device(("sweep", layout), numbers, device)
+        settings = None if settings is None else settings.view(torch.int64)
     state, half, scores, beta1, beta2, pre_step = importance or (None, None, None, 0.0, 0.0, False)
     moments, steps, groups, scale = (None,) * 4 if optimizer is None else optimizer[:4]
     sums = pending = None
@@ -317,6 +325,7 @@ def sweep(
         items.layers,
         items.items,
         words,
+        settings,
         moments,
         steps,
         groups,
@@ -351,17 +360,6 @@ def sweep(
         maxnreg=128,
     )
     return taken
-
-
-def _words(
-    layout: TripletLayout, words: list[int], settings: list[int] | Tensor | None, device: torch.device
-) -> Tensor:
-    """The words of parameters and gradients and the settings, on the device."""
-    if not isinstance(settings, Tensor):
-        return on_device(("sweep", layout), words + (settings or []), device)
-    table = on_device(("sweep", layout), words + [0] * settings.numel(), device)
-    table[len(words) :].copy_(settings.reshape(-1).view(torch.int64))
-    return table
 
 
 __all__ = ["Optimizer", "sweep"]
