@@ -14,6 +14,7 @@ from adalora_kernels.allocator.engine import BudgetEngine, Turn
 from adalora_kernels.allocator.fused import FusedImportance
 from adalora_kernels.allocator.state import check_keys
 from adalora_kernels.allocator.watch import called, watch
+from adalora_kernels.allocator.zero import ZeroAttachment, zero_optimizer
 from adalora_kernels.backends.select import Backend, select
 
 
@@ -249,13 +250,13 @@ class RankAllocator(BudgetEngine):
         called(self.triplets[0].slots[1])
         return super().finish(turn, finite)
 
-    def attach(self, optimizer: Optimizer, step: Callable[[], int] | None = None) -> Attachment:
+    def attach(self, optimizer: Any, step: Callable[[], int] | None = None) -> Attachment:
         """Make every step of ``optimizer`` a step of this allocator: importance and masks then need no call.
 
         Args:
             optimizer: any of torch's kind that holds the adapters. Under ``torch.amp.GradScaler`` an overflow step
                 leaves averages and masks alone, and an optimizer that unscales by itself (``fused=True``) finds its
-                gradients unscaled.
+                gradients unscaled. With DeepSpeed ZeRO give the engine, or accelerate's optimizer.
             step: gives the number of the optimizer step that is being made, from 0, where the caller counts; else
                 steps are counted here, from ``next_step`` on.
 
@@ -266,12 +267,14 @@ class RankAllocator(BudgetEngine):
             TypeError: not an optimizer.
             ValueError: it holds no adapter of this model, or the allocator is attached to another one.
         """
-        attachment = self._attachment
+        attachment, zero = self._attachment, zero_optimizer(optimizer)
+        if zero is None and isinstance(optimizer, nn.Module):  # an engine without ZeRO
+            optimizer = optimizer.optimizer
         if attachment is not None and attachment.active:
             if attachment.is_to(optimizer):
                 return attachment
             raise ValueError("optimizer: expected the one that is attached already; detach() that first")
-        self._attachment = Attachment(self, optimizer, step)
+        self._attachment = Attachment(self, optimizer, step) if zero is None else ZeroAttachment(self, zero, step)
         return self._attachment
 
     @property

@@ -54,8 +54,9 @@ class Triplet:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(R, K, N)."""
-        a, _, b = self.parameters
-        return a.shape[0], a.shape[1], b.shape[0]
+        # ZeRO-3 leaves parameters empty, and notes their shape.
+        a, b = (getattr(p, "ds_shape", p.shape) for p in (self.lora_A, self.lora_B))
+        return a[0], a[1], b[0]
 
 
 def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]:

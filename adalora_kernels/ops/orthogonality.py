@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from adalora_kernels.backends.select import Backend, implementation, select
 from adalora_kernels.ops.checks import floating_state_dtype
 from adalora_kernels.ops.importance import sinks
-from adalora_kernels.ops.shards import are_sharded, whole_matrices
+from adalora_kernels.ops.shards import are_partitioned, are_sharded, whole_matrices
 
 
 def orthogonality_loss(
@@ -34,9 +34,9 @@ def orthogonality_loss(
     """γ · mean of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F over all matrices, or γ · Σ of their squares (AdaLoRA, equation 4).
 
     Args:
-        lora_A: the [R, K] matrices. Those that are DTensors are made whole first, all in one collective: rows of A
-            that meet in A Aᵀ lie on different ranks. Each rank then computes what one process would, and keeps its part
-            of the gradients.
+        lora_A: the [R, K] matrices. Those that are DTensors, or that ZeRO-3 has partitioned, are made whole first, all
+            in one collective: rows of A that meet in A Aᵀ lie on different ranks. Each rank then computes what one
+            process would, and keeps its part of the gradients.
         lora_B: the [N, R] matrices.
         weight: γ, at least 0.
         squared: False for the published codes' unsquared mean, True for the paper's squared sum.
@@ -56,8 +56,9 @@ def orthogonality_loss(
         raise ValueError("lora_A, lora_B: expected at least one matrix, got none")
     if weight < 0:
         raise ValueError(f"weight: expected at least 0, got {weight}")
-    if not accumulate and are_sharded((*lora_A, *lora_B)):
-        whole = whole_matrices((*lora_A, *lora_B))
+    matrices = (*lora_A, *lora_B)
+    if not accumulate and (are_sharded(matrices) or are_partitioned(matrices)):
+        whole = whole_matrices(matrices)
         lora_A, lora_B = whole[: len(lora_A)], whole[len(lora_A) :]
     term = Term(list(lora_A), list(lora_B), float(weight), squared, backend)
     if not accumulate:

@@ -82,6 +82,21 @@ class Shards(NamedTuple):
         return [m.to(part.dtype) for m, part in zip(matrices, parts, strict=True)]
 
 
+def rectangles_of(start: int, count: int, columns: int) -> tuple[Rectangle, ...]:
+    """What ``count`` elements of a row-major matrix are, from element ``start`` on: whole rows, and parts of two."""
+    row, column = divmod(start, columns)
+    found = []
+    if column and count:
+        found.append(Rectangle(row, column, 1, min(count, columns - column)))
+        row, count = row + 1, count - found[0].size
+    if rows := count // columns:
+        found.append(Rectangle(row, 0, rows, columns))
+        row, count = row + rows, count - rows * columns
+    if count:
+        found.append(Rectangle(row, 0, 1, count))
+    return tuple(found)
+
+
 def are_sharded(tensors: Iterable[Tensor]) -> bool:
     """Whether any of them is a DTensor."""
     kinds = set(map(type, tensors)) - {Tensor, torch.nn.Parameter}
@@ -166,16 +181,39 @@ class Whole(torch.autograd.Function):
         )
 
 
-def whole_matrices(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """The matrices with those that are sharded made whole, in one collective for all, differentiable.
+def are_partitioned(tensors: Iterable[Tensor]) -> bool:
+    """Whether ZeRO-3 has left any of these parameters empty."""
+    return "deepspeed" in sys.modules and any(map(_is_partitioned, tensors))
 
-    Only for what every rank computes alike from them: gradients are not summed over the ranks.
+
+def _is_partitioned(tensor: Any) -> bool:
+    return hasattr(tensor, "ds_shape") and tensor.shape != tensor.ds_shape
+
+
+def whole_matrices(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The matrices with those that are sharded or partitioned made whole, in one collective for all, differentiable.
+
+    Only for what every rank computes alike from them: gradients of shards are not summed over the ranks. (ZeRO-3
+    averages those that it gets, which leaves them as they are.)
     """
-    found = [i for i, m in enumerate(matrices) if are_sharded([m])]
     result = list(matrices)
-    for i, m in zip(found, Whole.apply(*(matrices[i] for i in found)), strict=True):
-        result[i] = m
+    if found := [i for i, m in enumerate(matrices) if are_sharded([m])]:
+        for i, m in zip(found, Whole.apply(*(matrices[i] for i in found)), strict=True):
+            result[i] = m
+    if found := [i for i, m in enumerate(matrices) if are_partitioned([m])]:
+        with sys.modules["deepspeed"].zero.GatheredParameters([matrices[i] for i in found]):
+            for i in found:
+                result[i] = matrices[i].clone()
     return result
 
 
-__all__ = ["Rectangle", "Shards", "are_gathered", "are_sharded", "local_part", "shards_of", "whole_matrices"]
+__all__ = [
+    "Rectangle",
+    "Shards",
+    "are_gathered",
+    "are_sharded",
+    "local_part",
+    "rectangles_of",
+    "shards_of",
+    "whole_matrices",
+]

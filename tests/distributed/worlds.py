@@ -63,6 +63,7 @@ def _result(path: Path) -> Any:
 
 def _rank(rank: int, size: int, folder: Path, timeout: float, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))  # DeepSpeed asks for them
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
