@@ -29,6 +29,7 @@ SETTINGS = [[3e-3, 0.02, 0.9, 0.999, 1e-8], [1e-2, 0.0, 0.8, 0.98, 1e-6]]
 # Layers without rank, rows that end in mid-tile, several pieces of a row of A, several slabs of B.
 RAGGED = ((12, 300, 70), (0, 5, 7), (3, 2500, 33), (5, 31, 2100))
 EVEN = ((16, 320, 600), (4, 64, 8))  # loaded in fours
+ONE = ((1, 70, 50), (1, 3, 9))
 WIDE = ((130, 20, 9), (1, 1, 1))  # more triplets than an item of B takes
 
 
@@ -125,8 +126,14 @@ def compare(ours: Run, same: Run, exact: Run) -> None:
 
 @pytest.mark.parametrize(
     ("shapes", "dtypes"),
-    [(RAGGED, (FLOAT32,)), (RAGGED, (FLOAT32, BFLOAT16, FLOAT16)), (EVEN, (FLOAT32, BFLOAT16)), (WIDE, (FLOAT32,))],
-    ids=["ragged", "ragged mixed", "even mixed", "wide"],
+    [
+        (RAGGED, (FLOAT32,)),
+        (RAGGED, (FLOAT32, BFLOAT16, FLOAT16)),
+        (EVEN, (FLOAT32, BFLOAT16)),
+        (ONE, (FLOAT32,)),
+        (WIDE, (FLOAT32,)),
+    ],
+    ids=["ragged", "ragged mixed", "even mixed", "rank 1", "wide"],
 )
 def test_importance(shapes: Any, dtypes: tuple[torch.dtype, ...]) -> None:
     """Two steps, gradients missing in the second; dtypes of parameters and gradients differ."""
