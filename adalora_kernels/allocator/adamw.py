@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -29,12 +30,12 @@ class AdaLoraAdamW(torch.optim.AdamW):
     views: checkpoints are torch's, in both directions. They are fp32 for 16-bit parameters, where torch's are 16-bit.
 
     Args:
-        params: as for ``torch.optim.AdamW``; adapters that it does not hold are left alone.
+        params: as for ``torch.optim.AdamW``, all of the allocator's adapters that train among them.
         lr, betas, eps, weight_decay: as for ``torch.optim.AdamW``, each also per group.
         allocator: scores and masks, in the timing of its variant; each ``step()`` makes a step of its schedule.
         max_grad_norm: clip the norm of all gradients of this optimizer to this, as ``clip_grad_norm_`` does, but
             without writing the clipped gradients; None clips nothing.
-        backend: of the sweep: "reference", "native", or None for the best that can run.
+        backend: of the sweep: "reference", "native", "triton", or None for the best that can run.
         capturable: so that a CUDA graph can hold the steps, with an allocator that is capturable too. ``lr`` is then a
             tensor on the device, which schedulers write to. No GradScaler: it is asked for an overflow by the host.
 
@@ -88,12 +89,14 @@ class AdaLoraAdamW(torch.optim.AdamW):
                 "params: expected whole parameters, got DTensors; under fully_shard take torch.optim.AdamW and "
                 "allocator.attach(optimizer)"
             )
+        if len({id(p) for p in self._adapters}) < len(self._adapters):
+            raise ValueError("params: expected adapters of their own for each layer, got one that several share")
         if self.allocator.clock is not None:
             for group in self.param_groups:
                 group["lr"] = _on_device(group["lr"], like.device)
         self._table: tuple[list[list[float]], Tensor] | None = None
         self._moments = like.new_zeros(2, layout.total_elements)
-        self._steps = torch.zeros(len(self._adapters), device=like.device)
+        self._steps = torch.zeros(len(self._adapters), dtype=torch.float32, device=like.device)
         rows = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         self._groups = torch.tensor([rows.get(p, 0) for p in self._adapters], device=like.device)
         self._held = [p in rows for p in self._adapters]
@@ -110,11 +113,17 @@ class AdaLoraAdamW(torch.optim.AdamW):
                     views[name].copy_(value)
             kept[p] = views
         self.state.update(kept)
+        # By which a later step sees that groups were exchanged, or state by copies of it.
+        self._laid_out = [id(group) for group in self.param_groups]
+        self._moments_shown = [(p, views["exp_avg"]) for p, views in (*kept.items(),)[:1]]
 
     def _current(self) -> list[Tensor]:
         """The adapters' parameters, laid out anew where one was replaced."""
         params = [registry[key] for t in self.allocator.triplets for registry, key in t.slots]
-        if len(params) != len(self._adapters) or any(p is not q for p, q in zip(params, self._adapters, strict=True)):
+        same = len(params) == len(self._adapters) and all(map(is_, params, self._adapters))
+        same &= self._laid_out == [id(group) for group in self.param_groups]
+        same &= all(self.state.get(p, {}).get("exp_avg") is shown for p, shown in self._moments_shown)
+        if not same:
             self._adopt({p: self.state[p] for p in params if p in self.state})
         return params
 
@@ -127,14 +136,16 @@ class AdaLoraAdamW(torch.optim.AdamW):
         leaves averages and masks alone.
 
         Raises:
-            ValueError: no adapter has a gradient, one was frozen, the allocator's ``total_step`` is not set, or a
-                GradScaler with ``capturable``. Nothing changes.
+            ValueError: no adapter has a gradient, one is not held or was frozen, the allocator's ``total_step`` is not
+                set, or a GradScaler with ``capturable``. Nothing changes.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         allocator, params = self.allocator, self._current()
+        if not all(held or not p.requires_grad for p, held in zip(params, self._held, strict=True)):
+            raise ValueError("params: expected all adapters of the allocator; those left out would be pruned")
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and allocator.clock is not None:
             raise ValueError("capturable: expected False under a GradScaler, got True")
@@ -213,7 +224,7 @@ class AdaLoraAdamW(torch.optim.AdamW):
         has_complex = self._init_group({**group, "params": params}, *lists)
         with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = lists
         if self.max_grad_norm is not None or getattr(self, "grad_scale", None) is not None:
-            grads = [g * scale.to(g.dtype) for g in grads]
+            grads = [g * scale.to(g.device, g.dtype).reshape(()) for g in grads]
         adamw(
             with_grad,
             grads,
@@ -233,6 +244,11 @@ class AdaLoraAdamW(torch.optim.AdamW):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "AdaLoraAdamW can't be copied or pickled with its allocator; make a new one and load state_dict()"
         )
 
     def parameters_resized(self) -> None:

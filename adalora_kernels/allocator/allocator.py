@@ -16,6 +16,7 @@ from adalora_kernels.allocator.state import check_keys
 from adalora_kernels.allocator.watch import called, watch
 from adalora_kernels.allocator.zero import ZeroAttachment, zero_optimizer
 from adalora_kernels.backends.select import Backend, select
+from adalora_kernels.ops.importance import offers_layer
 
 
 class RankAllocator(BudgetEngine):
@@ -47,7 +48,7 @@ class RankAllocator(BudgetEngine):
         metric: what an element's score is: "ipt", sensitivity times uncertainty, or "mag", |θ|.
         reduction: what becomes of the scores of a row of A or a column of B: "mean" or "sum".
         adapter: PEFT's adapter name; None takes what trains.
-        backend: of importance and masking: "reference", "native", or None for the best that can run.
+        backend: of importance and masking: "reference", "native", "triton", or None for the best that can run.
         capturable: keep step and schedule on the device, so that a CUDA graph can hold the allocator's steps (see
             ``graphed_step``). Every step then launches the same work and expects gradients; budgets and thresholds are
             tensors, the latter NaN where nothing was ranked; ranks don't compare their masks. To read ``global_step``
@@ -215,21 +216,20 @@ class RankAllocator(BudgetEngine):
         ``explain(allocator)`` says which it was. An orthogonality term joins in with ``accumulate=True``.
 
         Raises:
+            RuntimeError: the backend of importance has no such update on this device (Triton's and CUDA's have none).
             ValueError: another variant, whose importance reads the parameters after the step.
         """
         if not self.pre_step:
             raise ValueError(f"variant: expected 'paper', which alone scores before the step, got {self.variant!r}")
+        averages = self.importance.averages
+        chosen = select("importance", averages.device.type, averages.dtype, 0, self.backend).backend
+        if enabled and not offers_layer(chosen, averages.device.type):
+            raise RuntimeError(
+                f"backend {chosen.value!r} can't fuse importance into a backward on {averages.device.type}"
+            )
         if self.fused is not None:
             self.fused.stop()
         self.fused = FusedImportance(self) if enabled else None
-
-    def explain_importance(self) -> tuple[str, str, str]:
-        """Backend, plan and reason of the importance update, for ``explain``."""
-        chosen = select("importance", self.importance.live.device.type, self.importance.averages.dtype, 0, self.backend)
-        if self.fused is None:
-            when = "before" if self.pre_step else "after"
-            return chosen.backend.value, chosen.plan, f"{chosen.reason}; launched {when} the optimizer's step"
-        return chosen.backend.value, chosen.plan, f"{chosen.reason}; last step: {self.fused.outcome}"
 
     def expect(self, step: int) -> None:
         """The optimizer step that is about to be made is ``step``, by the caller's own count from 0."""
@@ -269,7 +269,7 @@ class RankAllocator(BudgetEngine):
         """
         attachment, zero = self._attachment, zero_optimizer(optimizer)
         if zero is None and isinstance(optimizer, nn.Module):  # an engine without ZeRO
-            optimizer = optimizer.optimizer
+            optimizer = getattr(optimizer, "optimizer", optimizer)
         if attachment is not None and attachment.active:
             if attachment.is_to(optimizer):
                 return attachment
@@ -318,6 +318,8 @@ class RankAllocator(BudgetEngine):
         return self.live_ranks()
 
     def _shrink(self, rows: Rows, optimizer: Optimizer | None) -> None:
+        if self.fused is not None:  # nothing more is taken in the final phase
+            self.fuse_backward(False)
         shrink(self.model, self.triplets, rows, optimizer)
         self.importance = self.importance.shrunk(self.triplets, rows)
         self.kept = self._spread(rows)

@@ -30,6 +30,8 @@ class Attachment:
 
     def __init__(self, allocator: RankAllocator, optimizer: Optimizer, step: Callable[[], int] | None) -> None:
         inner = innermost(optimizer)
+        if getattr(inner, "allocator", None) is not None:
+            raise ValueError(f"optimizer: expected one without an allocator of its own, got {type(inner).__name__}")
         held = {id(p) for group in inner.param_groups for p in group["params"]}
         if not any(id(p) in held for t in allocator.triplets for p in t.parameters):
             raise ValueError(

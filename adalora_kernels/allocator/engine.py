@@ -299,6 +299,14 @@ class BudgetEngine:
         enabled = scores.isfinite().all().reshape(1)
         return scores.nan_to_num(), enabled if finite is None else enabled & finite
 
+    def explain_importance(self) -> tuple[str, str, str]:
+        """Backend, plan and reason of the importance update, for ``explain``."""
+        chosen = select("importance", self.importance.live.device.type, self.importance.averages.dtype, 0, self.backend)
+        if self.fused is None:
+            when = "before" if self.pre_step else "after"
+            return chosen.backend.value, chosen.plan, f"{chosen.reason}; launched {when} the optimizer's step"
+        return chosen.backend.value, chosen.plan, f"{chosen.reason}; last step: {self.fused.outcome}"
+
     def live_ranks(self) -> dict[str, int]:
         """The live rank of each layer by its path. Waits for the device."""
         return {t.name: sum(row) for t, row in zip(self.triplets, self.importance.pattern(), strict=True)}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from adalora_kernels.ops.importance import OrthogonalityShare, importance_layer, sinks
+from adalora_kernels.ops.importance import OrthogonalityShare, importance_layer, listen, sink_of
 from adalora_kernels.ops.orthogonality import Term, when_backward_ends
 
 if TYPE_CHECKING:
@@ -25,10 +25,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Expected:
-    """Where a parameter's gradient must lie after the backward, and how often it may have been written to by then."""
+    """What a parameter's gradient must be after the backward.
+
+    Attributes:
+        address: where it lies.
+        version: how often it was written to, as autograd counts.
+        values: of its first row, since a GradScaler's unscaling and a collective write behind autograd's back.
+    """
 
     address: int
     version: int
+    values: Tensor
 
 
 @dataclass
@@ -38,14 +45,14 @@ class _Step:
     Attributes:
         expected: of A, E, B of each layer that was seen; None where it can't be fused.
         because: why something can't be, in the words of ``explain``.
-        term: the orthogonality term of the backward under way.
+        term: the orthogonality term of the backward under way, its slopes and scale, and which backward that is.
         termed: the layers whose gradients hold their share of it.
         wanted: whether this step takes gradients at all; None where not asked yet.
     """
 
     expected: dict[int, tuple[_Expected, ...] | None] = field(default_factory=dict)
     because: str = ""
-    term: tuple[Term, Tensor, Tensor] | None = None
+    term: tuple[Term, Tensor, Tensor, int] | None = None
     termed: set[int] = field(default_factory=set)
     wanted: bool | None = None
 
@@ -78,13 +85,13 @@ class FusedImportance:
             starts.append(starts[-1] + r * r)
         self._slopes_at = [(starts[i], starts[len(shapes) + i]) for i in range(len(shapes))]
         for A, _, _ in params:
-            sinks[A] = self
+            listen(A, self)
 
     def stop(self) -> None:
         """Listen no longer."""
         for A, _, _ in self._params:
-            if sinks.get(A) is self:
-                del sinks[A]
+            if sink_of(A) is self:
+                listen(A, None)
 
     def _wanted(self) -> bool:
         engine, step = self._engine, self._step
@@ -106,8 +113,10 @@ class FusedImportance:
         step, layer = self._step, self._layers[id(lora_A)]
         grads, params = (dA, dE, dB), self._params[layer]
         share = None
+        if step.term is not None and step.term[3] != _current_backward():
+            step.term = None  # of a backward that failed
         if step.term is not None and layer not in step.termed:
-            _, slopes, scale = step.term
+            _, slopes, scale, _ = step.term
             share = OrthogonalityShare(slopes, *self._slopes_at[layer], scale)
         fits = all(g.is_contiguous() and g.dtype == p.dtype for g, p in zip(grads, params, strict=True))
         if layer in step.expected:
@@ -144,27 +153,33 @@ class FusedImportance:
             backend=self._engine.backend,
         )
         step.expected[layer] = tuple(
-            _Expected(g.data_ptr(), g._version) if p.grad is None else _Expected(p.grad.data_ptr(), p.grad._version + 1)
-            for p, g in zip(params, grads, strict=True)
+            _Expected(g.data_ptr(), g._version, total[:1].clone())
+            if p.grad is None
+            else _Expected(p.grad.data_ptr(), p.grad._version + 1, total[:1].clone())
+            for p, g, total in zip(params, grads, totals, strict=True)
         )
 
     def take_term(self, term: Term, slopes: Tensor, scale: Tensor) -> bool:
         """As ``ops.importance.Sink`` says: the layers' backwards, which come after, add it to their gradients."""
-        mine = [A is p[0] and B is p[2] for A, B, p in zip(term.lora_A, term.lora_B, self._params, strict=False)]
-        step = self._step
-        if len(mine) != len(self._params) or not all(mine) or step.expected or not self._wanted():
+        step, backward = self._step, _current_backward()
+        if len(term.lora_A) != len(self._params) or len(term.lora_B) != len(self._params):
             return False
-        step.term = (term, slopes, scale)
-        when_backward_ends(self._end_term)
+        mine = [A is p[0] and B is p[2] for A, B, p in zip(term.lora_A, term.lora_B, self._params, strict=True)]
+        another = step.term is not None and step.term[3] == backward
+        if not all(mine) or another or step.expected or not self._wanted():
+            return False
+        step.term = (term, slopes, scale, backward)
+        step.termed.clear()
+        when_backward_ends(lambda: self._end_term(backward))
         return True
 
     @torch.no_grad()
-    def _end_term(self) -> None:
+    def _end_term(self, backward: int) -> None:
         """Give the layers that this backward left out, or could not fuse, their share of the term."""
         step = self._step
-        if step.term is None:
+        if step.term is None or step.term[3] != backward:
             return
-        (term, slopes, scale), step.term = step.term, None
+        (term, slopes, scale, _), step.term = step.term, None
         rest = [i for i in range(len(self._params)) if i not in step.termed]
         if rest:
             at = [*(self._slopes_at[i][0] for i in rest), *(self._slopes_at[i][1] for i in rest)]
@@ -208,7 +223,13 @@ class FusedImportance:
 
 def _arrived(param: Tensor, expected: _Expected) -> bool:
     grad = param.grad
-    return grad is not None and grad.data_ptr() == expected.address and grad._version == expected.version
+    if grad is None or grad.data_ptr() != expected.address or grad._version != expected.version:
+        return False
+    return torch.equal(grad[:1], expected.values)
+
+
+def _current_backward() -> int:
+    return int(torch._C._current_graph_task_id())
 
 
 __all__ = ["FusedImportance"]

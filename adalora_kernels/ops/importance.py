@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from typing import Any, Protocol
+from weakref import ref
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -63,6 +64,13 @@ def importance_layer(
     module.importance_layer(layout, layer, params, grads, term, state, half, scores, finite, beta1, beta2)
 
 
+def offers_layer(backend: Backend, device_type: str) -> bool:
+    """Whether ``importance_layer`` runs on this backend and device."""
+    return hasattr(implementation("importance", backend), "importance_layer") and (
+        backend is not Backend.NATIVE or device_type == "cpu"
+    )
+
+
 class Sink(Protocol):
     """Who takes gradients in the backward that makes them; ``allocator.fused`` has the one there is."""
 
@@ -73,8 +81,24 @@ class Sink(Protocol):
         """The backward of an orthogonality term (``ops.orthogonality.Term``) has come; whether it is seen to."""
 
 
-# By the A of each layer. Empty but where importance is fused into the backward.
-sinks: MutableMapping[Tensor, Sink] = WeakIdKeyDictionary()
+# By the A of each layer, and weakly, since a sink holds its layers. Empty but where importance is fused.
+_sinks: MutableMapping[Tensor, ref[Sink]] = WeakIdKeyDictionary()
+
+
+def listen(lora_A: Tensor, sink: Sink | None) -> None:
+    """Make ``sink`` that of the layer with this A; None leaves it without one."""
+    if sink is not None:
+        _sinks[lora_A] = ref(sink)
+    else:
+        _sinks.pop(lora_A, None)
+
+
+def sink_of(lora_A: Tensor) -> Sink | None:
+    """The sink of the layer with this A, if it has one."""
+    if not _sinks:
+        return None
+    found = _sinks.get(lora_A)
+    return None if found is None else found()
 
 
 __all__ = [
@@ -83,6 +107,8 @@ __all__ = [
     "TripletLayout",
     "importance_layer",
     "importance_update",
-    "sinks",
+    "listen",
+    "offers_layer",
+    "sink_of",
     "triplet_scores",
 ]

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from adalora_kernels.backends.select import Backend, implementation, select
 from adalora_kernels.ops.checks import floating_state_dtype
-from adalora_kernels.ops.importance import sinks
+from adalora_kernels.ops.importance import sink_of
 from adalora_kernels.ops.shards import are_partitioned, are_sharded, whole_matrices
 
 
@@ -40,9 +40,10 @@ def orthogonality_loss(
         lora_B: the [N, R] matrices.
         weight: γ, at least 0.
         squared: False for the published codes' unsquared mean, True for the paper's squared sum.
-        accumulate: add the gradient to the matrices' ``.grad`` when the backward ends, all at once, whatever
-            ``inputs`` that backward was given. Hooks on the matrices don't see it, and ``torch.autograd.grad`` can't
-            have it. Only where ``can_accumulate``.
+        accumulate: add the gradient to the matrices' ``.grad`` when the backward ends, all at once. Hooks on the
+            matrices don't see it. ``torch.autograd.grad`` can't have it: it raises where it asks for the first matrix
+            that trains, and goes without it elsewhere, as does ``backward(inputs=...)``. Only where
+            ``can_accumulate``.
         backend: "reference", "native", "triton", or None for the best that can run.
 
     Returns:
@@ -65,7 +66,7 @@ def orthogonality_loss(
         return _Orthogonality.apply(term, *lora_A, *lora_B)
     if not can_accumulate((*lora_A, *lora_B)):
         raise ValueError("accumulate: expected distinct leaves without hooks; see can_accumulate")
-    trained = next((m for m in (*lora_A, *lora_B) if m.requires_grad), lora_A[0])
+    trained = next((m for m in matrices if m.requires_grad), matrices[0])
     return _AccumulatedOrthogonality.apply(term, trained)
 
 
@@ -109,6 +110,10 @@ class Term:
         some.lora_A, some.lora_B = list(lora_A), list(lora_B)
         return some
 
+    def versions(self) -> list[int]:
+        """How often each matrix has been written to."""
+        return [m._version for m in (*self.lora_A, *self.lora_B)]
+
     def value(self) -> tuple[Tensor, Tensor]:
         """The value and the slopes."""
         result: tuple[Tensor, Tensor] = self.module.orthogonality(self.lora_A, self.lora_B, self.weight, self.squared)
@@ -132,7 +137,7 @@ class Term:
             return
         targets: list[Tensor] = []
         for m, there in zip(matrices, grads, strict=True):
-            if there is not None and there.is_contiguous():
+            if there is not None and there.is_contiguous() and there.dtype == m.dtype and m.requires_grad:
                 targets.append(there)
                 continue
             target = torch.empty_like(m, memory_format=torch.contiguous_format)
@@ -180,7 +185,7 @@ class _AccumulatedOrthogonality(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, term: Term, trained: Tensor) -> Tensor:
         value, slopes = term.value()
-        ctx.term = term
+        ctx.term, ctx.versions = term, term.versions()
         ctx.save_for_backward(slopes)
         return value
 
@@ -196,7 +201,9 @@ class _AccumulatedOrthogonality(torch.autograd.Function):
                 "backward() ends; leave the term out of that loss, or make it without accumulate=True"
             ) from None
         term, (slopes,) = ctx.term, ctx.saved_tensors
-        sink = sinks.get(term.lora_A[0]) if sinks and term.lora_A else None
+        if term.versions() != ctx.versions:
+            raise RuntimeError("orthogonality: a matrix was modified in place between the forward and this backward")
+        sink = sink_of(term.lora_A[0]) if term.lora_A else None
         if sink is not None and sink.take_term(term, slopes, grad_value):
             return None, None
         when_backward_ends(lambda: term.accumulate(slopes, grad_value))

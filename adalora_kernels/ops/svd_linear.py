@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from adalora_kernels.backends.select import Backend, Selection, implementation, select
 from adalora_kernels.ops.checks import check_layer
-from adalora_kernels.ops.importance import sinks
+from adalora_kernels.ops.importance import sink_of
 from adalora_kernels.reference.svd_linear import Adapter
 
 _SEED_RANGE = 2**63 - 1
@@ -221,24 +221,13 @@ class _SVDLinear(torch.autograd.Function):
         output = _forward(x, weight, bias, base, Adapter._make(branch), selection)
         # Called from here: as a method of its own torch would inspect this signature at each call, 18 µs.
         _setup_context(ctx, args, output)
+        ctx.lora_A = args[4]  # itself: under checkpointing the saved one is an alias
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads = _gradients(ctx, grad_y, _backward)
-        if sinks:
-            _fuse_importance(ctx, grads)
-        return grads
-
-
-def _fuse_importance(ctx: Any, grads: tuple[Tensor | None, ...]) -> None:
-    """Hand the adapter's gradients, still in the cache, to the sink of their layer, where it has one."""
-    lora_A = ctx.saved_tensors[4]
-    sink = sinks.get(lora_A)
-    dA, dE, dB = grads[4:7]
-    if sink is not None and dA is not None and dE is not None and dB is not None:
-        sink.take_layer(lora_A, dA, dE, dB)
+        return _gradients(ctx, grad_y, _backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -258,6 +247,11 @@ def _gradients(ctx: Any, grad_y: Tensor | None, run: Any) -> tuple[Tensor | None
     need = ctx.needs_input_grad
     needs = [need[i] for i in (0, 1, 2, 4, 5, 6)]
     dx, dw, db, dA, dE, dB = run(grad_y, x, u, weight, bias, Adapter(*tensors, *numbers), needs, chosen)
+    if run is _backward and dA is not None and dE is not None and dB is not None:
+        # While they are in the cache; what is traced is left to the launch before the optimizer's step.
+        sink = sink_of(ctx.lora_A)
+        if sink is not None:
+            sink.take_layer(ctx.lora_A, dA, dE, dB)
     base_grad = grad_y if need[3] else None
     return (dx, dw, db, base_grad, dA, dE, dB, None, None, None, None, None, None)
 

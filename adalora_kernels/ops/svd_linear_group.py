@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from adalora_kernels.backends.select import Backend, Selection, select
 from adalora_kernels.ops.checks import check_layer
-from adalora_kernels.ops.importance import sinks
+from adalora_kernels.ops.importance import sink_of
 from adalora_kernels.ops.svd_linear import _SEED_RANGE, _autocast_off, _launchers, compute_dtype_of, svd_linear
 from adalora_kernels.reference import svd_linear_group as one_by_one
 from adalora_kernels.reference.svd_linear import Adapter
@@ -184,7 +184,7 @@ class _SVDLinearGroup(torch.autograd.Function):
                 if g is not None and need_bias and bias is not None:
                     db = g.sum(0).to(bias.dtype)
                 found += [dw, db, *gradients[i], None, None]
-                sink = sinks.get(adapter.lora_A) if sinks else None
+                sink = sink_of(adapter.lora_A)
                 if sink is not None and all(gradient is not None for gradient in gradients[i]):
                     sink.take_layer(adapter.lora_A, *gradients[i])
         return tuple(found)

@@ -191,6 +191,40 @@ def test_adapters_in_16_bits_keep_moments_in_32() -> None:
     assert torch.equal(other.state[adapter]["exp_avg"], optimizer.state[adapter]["exp_avg"])
 
 
+def test_state_and_groups_that_users_exchange() -> None:
+    """State cleared, replaced by copies (as offloading does), groups reordered: as torch's AdamW takes it."""
+    dtype = torch.float64
+    theirs = Network(dtype)
+    ours = copy.deepcopy(theirs)
+    beside, inside = (RankAllocator(m, **SETTINGS) for m in (theirs, ours))
+    adamw = torch.optim.AdamW(groups(theirs), lr=5e-3)
+    beside.attach(adamw)
+    swept = AdaLoraAdamW(groups(ours), lr=5e-3, allocator=inside)
+    for step in range(12):
+        for model, optimizer in ((theirs, adamw), (ours, swept)):
+            backward(model, step, dtype)
+            optimizer.step()
+            if step == 3:
+                optimizer.state.clear()
+            elif step == 6:
+                for state in optimizer.state.values():
+                    state.update({name: value.clone() for name, value in state.items()})
+            elif step == 9:
+                optimizer.param_groups.reverse()
+    for name, value in parts(ours).items():
+        torch.testing.assert_close(value, parts(theirs)[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_parameter_without_dimensions_beside_the_adapters() -> None:
+    model = Network(torch.float32)
+    model.scale = nn.Parameter(torch.tensor(2.0))
+    allocator = RankAllocator(model, **SETTINGS)
+    optimizer = AdaLoraAdamW([p for p in model.parameters() if p.requires_grad], allocator=allocator, max_grad_norm=0.1)
+    (model(torch.ones(2, 24)) * model.scale).square().mean().backward()
+    optimizer.step()
+    assert model.scale.item() != 2.0 and allocator.next_step == 1
+
+
 def test_refuses() -> None:
     model = Network(torch.float32)
     allocator = RankAllocator(model, **SETTINGS)
@@ -201,7 +235,16 @@ def test_refuses() -> None:
         AdaLoraAdamW(groups(model), allocator=allocator, max_grad_norm=0.0)
     with pytest.raises(ValueError, match="allocator: expected a RankAllocator"):
         AdaLoraAdamW(groups(model), allocator=None)  # type: ignore[arg-type]
+    some = AdaLoraAdamW([model.body[0].lora_A, model.body[0].lora_B], allocator=allocator)
+    backward(model, 0, torch.float32)
+    with pytest.raises(ValueError, match="params: expected all adapters of the allocator"):
+        some.step()
     optimizer = AdaLoraAdamW(groups(model), allocator=allocator)
+    with pytest.raises(ValueError, match="optimizer: expected one without an allocator of its own"):
+        allocator.attach(optimizer)
+    with pytest.raises(TypeError, match=r"make a new one and load state_dict\(\)"):
+        copy.deepcopy(optimizer)
+    model.zero_grad()
     before = {n: v.clone() for n, v in parts(model).items()}
     with pytest.raises(ValueError, match=r"expected gradients of the adapters.*after backward\(\)"):
         optimizer.step()

@@ -254,7 +254,7 @@ class TestEdges:
             assert allocator.model is model and allocator.triplets[0].lora_A is model[0].lora_A
 
     def test_backend_that_cannot_run_is_refused_at_once(self) -> None:
-        with pytest.raises(RuntimeError, match="triton has no importance"):
+        with pytest.raises(RuntimeError, match="backend 'triton' can't run importance"):
             RankAllocator(network(), **SETTINGS, backend="triton")
 
     def test_layer_of_rank_zero(self) -> None:

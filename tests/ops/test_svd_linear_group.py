@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from adalora_kernels import svd_linear
-from adalora_kernels.ops.importance import sinks
+from adalora_kernels.ops.importance import listen
 from adalora_kernels.ops.svd_linear_group import GroupedLayer, svd_linear_group
 from adalora_kernels.testing.inputs import layer_inputs
 from adalora_kernels.testing.tolerances import assert_within_budget
@@ -218,7 +218,7 @@ def test_gradients_are_handed_to_the_layers_sinks() -> None:
     x, layers, grads = group_inputs()
     recorded = Recording()
     for layer in layers:
-        sinks[layer.lora_A] = recorded
+        listen(layer.lora_A, recorded)
     ys = svd_linear_group(x, layers)
     torch.autograd.backward([ys[0], ys[2]], [grads[0], grads[2]])
     assert [id(lora_A) for lora_A, *_ in recorded.taken] == [id(layers[0].lora_A), id(layers[2].lora_A)]

@@ -48,6 +48,26 @@ void update_alone(T* __restrict param, const T* __restrict grad, T* __restrict m
   }
 }
 
+// Importance of stored parameters, with their averages.
+template <typename T>
+bool score(const T* __restrict param, const T* __restrict grad, const T* __restrict average,
+           const T* __restrict uncertainty, T* __restrict new_average, T* __restrict new_uncertainty,
+           T* __restrict sums, int64_t count, const AdamSettings<T>& settings) {
+  const Smoothing<T> factors = settings.smoothing;
+  const T scale = settings.grad_scale;
+  auto largest = magnitude_bits(T{});
+  for (int64_t i = 0; i < count; ++i) {
+    T a = average[i], u = uncertainty[i];
+    const T s = update_element(param[i], grad[i] * scale, a, u, factors);
+    sums[i] += s;
+    new_average[i] = a;
+    new_uncertainty[i] = u;
+    const auto bits = magnitude_bits(s);
+    largest = bits > largest ? bits : largest;
+  }
+  return largest < infinity_bits(T{});
+}
+
 template <typename T>
 bool run(const AdamRun<T>& r, const AdamSettings<T>& settings) {
   const bool stored = r.param_dtype == dtype_of<T>::value;
@@ -61,6 +81,13 @@ bool run(const AdamRun<T>& r, const AdamSettings<T>& settings) {
     T *moment = r.moment + begin, *square = r.square + begin;
     if (r.average == nullptr) {
       update_alone(param, grad, moment, square, count, settings);
+    } else if (!stored && !settings.pre_step) {
+      // What counts is the parameter as it is stored, rounded.
+      update_alone(param, grad, moment, square, count, settings);
+      narrow(place, r.param_dtype, param, count);
+      widen(param, place, r.param_dtype, count);
+      finite &= score(param, grad, r.average + begin, r.uncertainty + begin, r.new_average + begin,
+                      r.new_uncertainty + begin, r.sums, count, settings);
     } else {
       const auto with_importance = settings.pre_step ? update<T, true> : update<T, false>;
       finite &= with_importance(param, grad, moment, square, r.average + begin, r.uncertainty + begin,
