@@ -13,8 +13,10 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import nn
 
 from adalora_kernels import RankAllocator, compute_orth_regu
-from tests.distributed.jobs import BATCH, SCHEDULE, Branches, share
+from tests.distributed import jobs
+from tests.distributed.jobs import BATCH, Branches, share
 
+SCHEDULE = jobs.SCHEDULE | {"init_warmup": 3, "final_warmup": 6, "total_step": 25}
 deepspeed.comm.torch.build_shm_op = lambda: None  # would compile an all-reduce that only inference uses
 
 
@@ -77,7 +79,12 @@ def in_turn(cases: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[dict[st
     return [lockstep(*args, **options) for args, options in cases]
 
 
-def steps_of_accelerate(direct: bool) -> torch.Tensor:
+def both_ways() -> list[torch.Tensor]:
+    """``patterns_of`` the engine and of accelerate."""
+    return [patterns_of(direct) for direct in (True, False)]
+
+
+def patterns_of(direct: bool) -> torch.Tensor:
     """The pattern after each step, where accelerate's ``backward`` makes the step, or where the engine is called."""
     from accelerate import Accelerator, DeepSpeedPlugin
 
