@@ -100,6 +100,7 @@ class AdaLoraAdamW(torch.optim.AdamW):
         rows = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         self._groups = torch.tensor([rows.get(p, 0) for p in self._adapters], device=like.device)
         self._held = [p in rows for p in self._adapters]
+        self._holds_all = all(self._held)
         adapters = set(self._adapters)
         kept: dict[Tensor, dict[str, Any]] = {}
         self._others = [[p for p in group["params"] if p not in adapters] for group in self.param_groups]
@@ -144,7 +145,7 @@ class AdaLoraAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         allocator, params = self.allocator, self._current()
-        if not all(held or not p.requires_grad for p, held in zip(params, self._held, strict=True)):
+        if not self._holds_all and any(p.requires_grad and not h for p, h in zip(params, self._held, strict=True)):
             raise ValueError("params: expected all adapters of the allocator; those left out would be pruned")
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and allocator.clock is not None:
@@ -154,7 +155,9 @@ class AdaLoraAdamW(torch.optim.AdamW):
             skipped = torch.zeros(1, dtype=torch.bool, device=self._moments.device)
             allocator.note(turn.step, (turn.budget, allocator.finish(turn, skipped)))
             return loss
-        grads = [p.grad if held else None for p, held in zip(params, self._held, strict=True)]
+        grads = [p.grad for p in params]
+        if not self._holds_all:
+            grads = [g if held else None for g, held in zip(grads, self._held, strict=True)]
         others = [[p for p in some if p.grad is not None] for some in self._others]
         if turn.plan.update and not any(g is not None for g in grads):
             raise ValueError("params: expected gradients of the adapters, found none; call step() after backward()")

@@ -24,7 +24,7 @@ from adalora_kernels.backends.select import Backend, offers, parse
 from adalora_kernels.integrations.rank_pattern import Pattern, by_layer, gather, path_key, return_averages
 from adalora_kernels.integrations.svd_layer import fuse_layer
 from adalora_kernels.integrations.tuner_allocator import TunerAllocator
-from adalora_kernels.ops.orthogonality import can_accumulate, orthogonality_loss
+from adalora_kernels.ops.orthogonality import orthogonality_loss
 from adalora_kernels.ops.shards import are_gathered
 
 
@@ -96,7 +96,7 @@ class FusedAdaLoraModel(AdaLoraModel):
             return torch.zeros(())
         backend = self.backend_of("orthogonality")
         devices = {a.device for a in lora_A}
-        at_once = can_accumulate((*lora_A, *lora_B)) and not are_gathered(self.adalora_layers().values())
+        at_once = False if are_gathered(self.adalora_layers().values()) else None
         if len(devices) == 1:
             total = orthogonality_loss(lora_A, lora_B, weight, accumulate=at_once, backend=backend)
         else:

@@ -28,7 +28,7 @@ def orthogonality_loss(
     weight: float,
     squared: bool = False,
     *,
-    accumulate: bool = False,
+    accumulate: bool | None = False,
     backend: str | Backend | None = None,
 ) -> Tensor:
     """γ · mean of ‖A Aᵀ - I‖_F and ‖Bᵀ B - I‖_F over all matrices, or γ · Σ of their squares (AdaLoRA, equation 4).
@@ -43,7 +43,7 @@ def orthogonality_loss(
         accumulate: add the gradient to the matrices' ``.grad`` when the backward ends, all at once. Hooks on the
             matrices don't see it. ``torch.autograd.grad`` can't have it: it raises where it asks for the first matrix
             that trains, and goes without it elsewhere, as does ``backward(inputs=...)``. Only where
-            ``can_accumulate``.
+            ``can_accumulate``; None means wherever that is so.
         backend: "reference", "native", "triton", or None for the best that can run.
 
     Returns:
@@ -58,14 +58,15 @@ def orthogonality_loss(
     if weight < 0:
         raise ValueError(f"weight: expected at least 0, got {weight}")
     matrices = (*lora_A, *lora_B)
-    if not accumulate and (are_sharded(matrices) or are_partitioned(matrices)):
+    possible = accumulate is not False and can_accumulate(matrices)
+    if accumulate and not possible:
+        raise ValueError("accumulate: expected distinct leaves without hooks; see can_accumulate")
+    if not possible and (are_sharded(matrices) or are_partitioned(matrices)):
         whole = whole_matrices(matrices)
         lora_A, lora_B = whole[: len(lora_A)], whole[len(lora_A) :]
     term = Term(list(lora_A), list(lora_B), float(weight), squared, backend)
-    if not accumulate:
+    if not possible:
         return _Orthogonality.apply(term, *lora_A, *lora_B)
-    if not can_accumulate((*lora_A, *lora_B)):
-        raise ValueError("accumulate: expected distinct leaves without hooks; see can_accumulate")
     trained = next((m for m in matrices if m.requires_grad), matrices[0])
     return _AccumulatedOrthogonality.apply(term, trained)
 
@@ -80,7 +81,7 @@ def can_accumulate(matrices: Iterable[Tensor]) -> bool:
     for m in matrices:
         if m._backward_hooks or m._post_accumulate_grad_hooks or not m.is_leaf or id(m) in seen:
             return False
-        if type(m) not in (torch.nn.Parameter, Tensor) or hasattr(m, "ds_id"):
+        if type(m) not in (torch.nn.Parameter, Tensor) or "ds_id" in m.__dict__:
             return False
         seen.add(id(m))
     return True
