@@ -20,6 +20,7 @@ GROUPS = {
     "backward_plans": ("backward_plan_cases.py", ""),
     "op": ("op_cases.py", ""),
     "engine": ("engine_cases.py", ""),
+    "engine_matrices": ("engine_matrix_cases.py", ""),
     "forward_plans": ("forward_plan_cases.py", ""),
     "group": ("group_cases.py", ""),
 }
