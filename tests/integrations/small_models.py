@@ -12,18 +12,28 @@ import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from adalora_kernels.integrations.peft import patch_model
 
 VOCABULARY = 61
+IMAGE, MEL_BINS, FRAMES, CLASSES = 16, 8, 12, 3
 ARCHITECTURES = ("deberta", "llama", "gpt2")
+ALL_ARCHITECTURES = (*ARCHITECTURES, "t5", "bart", "vit", "whisper")
 
 
 def _deberta(layers: int) -> tuple[nn.Module, str, list[str]]:
@@ -51,6 +61,48 @@ def _gpt2(layers: int) -> tuple[nn.Module, str, list[str]]:
     return GPT2LMHeadModel(config), "CAUSAL_LM", ["c_attn", "c_proj", "c_fc"]
 
 
+def _sequence_to_sequence(model: nn.Module) -> str | None:
+    """PEFT's task type, where its model for it finds the method that transformers 5 has renamed."""
+    return "SEQ_2_SEQ_LM" if hasattr(model, "_prepare_encoder_decoder_kwargs_for_generation") else None
+
+
+def _t5(layers: int) -> tuple[nn.Module, str | None, list[str]]:
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=layers, num_decoder_layers=layers, num_heads=4,
+        relative_attention_num_buckets=8, dropout_rate=0.0, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config)
+    return model, _sequence_to_sequence(model), ["q", "k", "v", "o", "wi", "wo"]
+
+
+def _bart(layers: int) -> tuple[nn.Module, str | None, list[str]]:
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=32, encoder_layers=layers, decoder_layers=layers, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32, dropout=0.0,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config)
+    return model, _sequence_to_sequence(model), ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
+
+def _vit(layers: int) -> tuple[nn.Module, None, list[str]]:
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48, image_size=IMAGE,
+        patch_size=IMAGE // 2, num_labels=CLASSES,
+    )  # fmt: skip
+    # PEFT has no task type for images and for speech.
+    return ViTForImageClassification(config), None, ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
+
+
+def _whisper(layers: int) -> tuple[nn.Module, None, list[str]]:
+    config = WhisperConfig(
+        vocab_size=VOCABULARY, num_mel_bins=MEL_BINS, d_model=32, encoder_layers=layers, decoder_layers=layers,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        max_source_positions=FRAMES, max_target_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    return WhisperForConditionalGeneration(config), None, ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+
+
 class Perceptron(nn.Module):
     """Three linear layers whose loss is in the dtype of the weights (transformers' losses are in fp32 at best)."""
 
@@ -71,6 +123,10 @@ _BUILDERS: dict[str, Callable[[int], tuple[nn.Module, str | None, list[str]]]] =
     "deberta": _deberta,
     "llama": _llama,
     "gpt2": _gpt2,
+    "t5": _t5,
+    "bart": _bart,
+    "vit": _vit,
+    "whisper": _whisper,
     "perceptron": _perceptron,
 }
 
@@ -104,13 +160,20 @@ def build(
 
 
 def batch(model: nn.Module, seed: int = 0, rows: int = 3, columns: int = 7) -> dict[str, Tensor]:
-    """Random tokens with labels that fit the model's task."""
+    """Random inputs of the kind that the model takes, with labels that fit its task."""
     generator = torch.Generator().manual_seed(seed)
-    if isinstance(model.get_base_model(), Perceptron):
-        x = torch.randn(16, 12, generator=generator, dtype=model.get_base_model().first.base_layer.weight.dtype)
+    inner = model.get_base_model()
+    if isinstance(inner, Perceptron):
+        x = torch.randn(16, 12, generator=generator, dtype=inner.first.base_layer.weight.dtype)
         return {"x": x, "labels": x[:, :4].argmax(1)}
+    if inner.main_input_name == "pixel_values":
+        images = torch.randn(rows, 3, IMAGE, IMAGE, generator=generator).to(inner.dtype)
+        return {"pixel_values": images, "labels": torch.randint(CLASSES, (rows,), generator=generator)}
     tokens = torch.randint(1, VOCABULARY, (rows, columns), generator=generator)
-    classifies = "SequenceClassification" in type(model.get_base_model()).__name__
+    if inner.main_input_name == "input_features":
+        sound = torch.randn(rows, MEL_BINS, 2 * FRAMES, generator=generator).to(inner.dtype)
+        return {"input_features": sound, "labels": tokens}
+    classifies = "SequenceClassification" in type(inner).__name__
     return {"input_ids": tokens, "labels": torch.randint(2, (rows,), generator=generator) if classifies else tokens}
 
 
