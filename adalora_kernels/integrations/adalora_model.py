@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.adalora.config import AdaLoraConfig
-from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -21,8 +21,8 @@ from adalora_kernels.allocator import find_triplets
 from adalora_kernels.allocator.triplets import Slot
 from adalora_kernels.allocator.watch import unwatch, watch
 from adalora_kernels.backends.select import Backend, offers, parse
+from adalora_kernels.integrations.exchange import can_be_fused, fuse_layer
 from adalora_kernels.integrations.rank_pattern import Pattern, by_layer, gather, path_key, return_averages
-from adalora_kernels.integrations.svd_layer import fuse_layer
 from adalora_kernels.integrations.tuner_allocator import TunerAllocator
 from adalora_kernels.ops.orthogonality import orthogonality_loss
 from adalora_kernels.ops.shards import are_gathered
@@ -226,7 +226,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         super().inject_adapter(*args, **kwargs)
         self._changed()
         for layer in self.adalora_layers().values():
-            if type(layer) is SVDLinear:
+            if can_be_fused(layer):
                 fuse_layer(layer, self.fused_state.backend)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -14,15 +14,15 @@ from torch import nn
 
 try:
     import peft
-    from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
+    from peft.tuners.adalora.layer import AdaLoraLayer
     from peft.tuners.adalora.model import AdaLoraModel
 except ImportError as error:
     raise ImportError("patching PEFT needs Hugging Face PEFT: pip install 'adalora-kernels[peft]'") from error
 
 from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.integrations.adalora_model import FusedAdaLoraModel, fuse_model, restore_model
+from adalora_kernels.integrations.exchange import can_be_fused, fuse_layer, is_fused, restore_layer
 from adalora_kernels.integrations.siblings import link_siblings
-from adalora_kernels.integrations.svd_layer import FusedSVDLinear, base_obstacle, fuse_layer, restore_layer
 
 MINIMUM_PEFT = "0.18.0"
 if Version(peft.__version__) < Version(MINIMUM_PEFT):
@@ -51,8 +51,8 @@ class LayerReport:
 def patch_model(peft_model: Model, backend: str | Backend | None = None, *, siblings: bool | None = None) -> Model:
     """Exchange the classes of PEFT's AdaLoRA layers and model for the fused ones, in place.
 
-    Layers that PEFT built for other bases (Conv2d, bitsandbytes, GPTQ) keep PEFT's code; ``layer_report`` lists them. A
-    model that is patched already stays so and takes the backend and ``siblings``.
+    Layers over other bases than linear ones (Conv2d) keep PEFT's code; ``layer_report`` lists them. A model that is
+    patched already stays so and takes the backend and ``siblings``.
 
     Args:
         peft_model: a ``PeftModel``, an ``AdaLoraModel``, or any module that holds PEFT's AdaLoRA layers.
@@ -70,12 +70,12 @@ def patch_model(peft_model: Model, backend: str | Backend | None = None, *, sibl
         In each case the model is as it was.
     """
     layers, tuners = _find(peft_model)
-    svd_layers = [layer for layer in layers.values() if type(layer) in (SVDLinear, FusedSVDLinear)]
+    svd_layers = [layer for layer in layers.values() if can_be_fused(layer) or is_fused(layer)]
     if parse(backend) is not None:
         for layer in svd_layers:
             for factor in layer.lora_A.values():
                 select("svd_linear", factor.device.type, factor.dtype, factor.shape[0], backend)
-    fresh: list[nn.Module] = [m for m in (*svd_layers, *tuners) if type(m) in (SVDLinear, AdaLoraModel)]
+    fresh: list[nn.Module] = [m for m in (*svd_layers, *tuners) if can_be_fused(m) or type(m) is AdaLoraModel]
     try:
         for layer in svd_layers:
             fuse_layer(layer, backend)
@@ -133,7 +133,7 @@ _peft_create_new_module = AdaLoraModel._create_new_module
 
 def _create_fused_module(*args: Any, **kwargs: Any) -> nn.Module:
     module: nn.Module = _peft_create_new_module(*args, **kwargs)
-    if type(module) is SVDLinear:
+    if can_be_fused(module):
         fuse_layer(module, None)
     return module
 
@@ -155,7 +155,7 @@ def _find(model: nn.Module) -> tuple[dict[str, AdaLoraLayer], list[AdaLoraModel]
 
 
 def _restore(module: nn.Module) -> None:
-    if type(module) is FusedSVDLinear:
+    if is_fused(module):
         restore_layer(module)
     elif type(module) is FusedAdaLoraModel:
         restore_model(module)
@@ -163,17 +163,11 @@ def _restore(module: nn.Module) -> None:
 
 def _report(name: str, layer: AdaLoraLayer) -> LayerReport:
     kind = type(layer).__name__
-    if type(layer) is SVDLinear:
+    if can_be_fused(layer):
         return LayerReport(name, kind, False, "not patched")
-    if type(layer) is not FusedSVDLinear:
-        return LayerReport(name, kind, False, "keeps PEFT's code: only its SVDLinear is fused")
-    if "forward" in layer.__dict__ and not hasattr(layer, "_old_forward"):
-        return LayerReport(name, kind, False, "its forward was replaced on the instance")
-    obstacle = base_obstacle(layer.base_layer)
-    how = (
-        "base and increment in one call" if obstacle is None else f"increment added into the base's output: {obstacle}"
-    )
-    return LayerReport(name, kind, True, how)
+    if not is_fused(layer):
+        return LayerReport(name, kind, False, "keeps PEFT's code: only layers over linear bases are fused")
+    return LayerReport(name, kind, *layer.report())
 
 
 __all__ = ["LayerReport", "layer_report", "patch_model", "patch_peft", "unpatch_model", "unpatch_peft"]

@@ -112,6 +112,24 @@ class Siblings:
             if layer is not None and layer.__dict__.get("_siblings") is self:
                 del layer.__dict__["_siblings"]
 
+    def described(self, layer: nn.Module) -> str:
+        """With which siblings the layer is computed as one group, as far as their calls have shown."""
+        name = next((name for name in self._names if self._parent._modules.get(name) is layer), None)
+        if name is None:
+            return ""
+        others = ", ".join(other for other in self._names if other != name)
+        if not self._hooks:
+            return f"alone; as one group with {others} on a CUDA device under triton, where that shares a pass over x"
+        groups = []
+        for turn, followers in self._learned.items():
+            members = (turn.name, *followers)
+            paid = [paid for key, paid in self._paid.items() if key[0] == turn]
+            if name in members and (any(paid) or not paid):
+                groups.append(", ".join(member for member in members if member != name))
+        if groups:
+            return "as one group with " + " or with ".join(dict.fromkeys(groups))
+        return f"alone: no call showed yet that a group with {others} saves anything"
+
     def output(self, layer: FusedSVDLinear, x: Tensor) -> Tensor | None:
         """The layer's output, alone or with its siblings'; None where it is to run alone."""
         if not self._hooks:
