@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from adalora_kernels import reference
     from adalora_kernels.allocator import AdaLoraAdamW, RankAllocator, compute_orth_regu, graphed_step
+    from adalora_kernels.integrations.export import export_lora
+    from adalora_kernels.integrations.guidance import recommended_config
     from adalora_kernels.integrations.peft import patch_model, patch_peft, unpatch_model, unpatch_peft
     from adalora_kernels.integrations.trainer import AdaLoraCallback
     from adalora_kernels.nn import SVDLinear
@@ -26,9 +28,11 @@ _HOME = {
     "SVDLinear": "adalora_kernels.nn",
     "compute_orth_regu": "adalora_kernels.allocator",
     "explain": "adalora_kernels.ops.explain",
+    "export_lora": "adalora_kernels.integrations.export",
     "graphed_step": "adalora_kernels.allocator",
     "patch_model": "adalora_kernels.integrations.peft",
     "patch_peft": "adalora_kernels.integrations.peft",
+    "recommended_config": "adalora_kernels.integrations.guidance",
     "svd_linear": "adalora_kernels.ops.svd_linear",
     "unpatch_model": "adalora_kernels.integrations.peft",
     "unpatch_peft": "adalora_kernels.integrations.peft",
@@ -57,9 +61,11 @@ __all__ = [
     "__version__",
     "compute_orth_regu",
     "explain",
+    "export_lora",
     "graphed_step",
     "patch_model",
     "patch_peft",
+    "recommended_config",
     "reference",
     "svd_linear",
     "unpatch_model",
