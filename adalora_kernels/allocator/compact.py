@@ -92,17 +92,22 @@ def shrink(model: nn.Module, triplets: Sequence[Triplet], rows: Rows, optimizer:
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     state[key] = _select(value, axis, kept)
-            data, grad = _select(p.data, axis, kept), p.grad
-            p.grad = None
-            # A graph that is still alive keeps p's node for gradients, which remembers p's shape; a change of dtype
-            # makes autograd drop it.
-            p.data = p.new_empty(0, dtype=torch.float32 if p.dtype == torch.float64 else torch.float64)
-            p.data = data
+            grad = p.grad
+            exchange_data(p, _select(p.data, axis, kept))
             p.grad = None if grad is None or not len(kept) else _select(grad, axis, kept)
             p.requires_grad_(p.requires_grad and len(kept) > 0)
-        _set_rank(model.get_submodule(triplet.name), triplet.slots[0][1], len(kept))
+        set_rank(model.get_submodule(triplet.name), triplet.slots[0][1], len(kept))
     if optimizer is not None and callable(resized := getattr(optimizer, "parameters_resized", None)):
         resized()
+
+
+def exchange_data(p: Tensor, data: Tensor) -> None:
+    """Give a parameter data of another shape; it stays the same object, without a gradient."""
+    p.grad = None
+    # A graph that is still alive keeps p's node for gradients, which remembers p's shape; a change of dtype makes
+    # autograd drop it.
+    p.data = p.new_empty(0, dtype=torch.float32 if p.dtype == torch.float64 else torch.float64)
+    p.data = data
 
 
 def spread(live: Sequence[bool], kept: Sequence[bool] | None) -> list[bool]:
@@ -117,7 +122,7 @@ def _select(tensor: Tensor, axis: int, kept: Tensor) -> Tensor:
     return tensor.index_select(axis, kept.to(device=tensor.device, dtype=torch.int64)).contiguous()
 
 
-def _set_rank(layer: nn.Module, adapter: str, rank: int) -> None:
+def set_rank(layer: nn.Module, adapter: str, rank: int) -> None:
     """The layer's own note of its rank, by which ours and the original's take the frozen linear's path at 0."""
     noted = getattr(layer, "r", None)
     if isinstance(noted, int):
@@ -126,4 +131,4 @@ def _set_rank(layer: nn.Module, adapter: str, rank: int) -> None:
         noted[adapter] = rank
 
 
-__all__ = ["Rows", "check_carriable", "refuse_wrapped", "shrink", "spread"]
+__all__ = ["Rows", "check_carriable", "exchange_data", "refuse_wrapped", "set_rank", "shrink", "spread"]

@@ -279,7 +279,7 @@ class BudgetEngine:
         threshold = None
         if plan.rank and state.updates > 0:
             scores, enabled = self._scores(turn, finite)
-            threshold = state.mask(scores, turn.lora_E, plan.budget, enabled, self.backend)
+            threshold = state.threshold = state.mask(scores, turn.lora_E, plan.budget, enabled, self.backend)
             if self.check_ranks:
                 self._agreement.check(self, turn.step)
         elif plan.rank or plan.reapply:

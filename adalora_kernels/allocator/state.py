@@ -29,6 +29,7 @@ class ImportanceState:
         live: bool [total rank], the current pattern.
         updates: how many steps the averages were offered since they last started at 0.
         settled: whether the pattern is final: triplets were ranked at or after T - t_f.
+        threshold: of the last ranking, 0-d; None before it.
     """
 
     def __init__(self, triplets: list[Triplet]) -> None:
@@ -43,6 +44,7 @@ class ImportanceState:
         self.live = torch.ones(self.layout.total_rank, dtype=torch.bool, device=device)
         self.updates = 0
         self.settled = False
+        self.threshold: Tensor | None = None
 
     def update(
         self,
@@ -105,6 +107,7 @@ class ImportanceState:
         """Follow the parameters to another device."""
         for name in ("averages", "half", "scores", "live"):
             setattr(self, name, getattr(self, name).to(device))
+        self.threshold = None if self.threshold is None else self.threshold.to(device)
 
     def shrunk(self, triplets: list[Triplet], rows: Rows) -> ImportanceState:
         """The state of the same layers after ``compact.shrink(..., rows)``."""
@@ -119,7 +122,7 @@ class ImportanceState:
         elements = torch.cat(masks)
         for target, source in zip(new.averages[0], self.current(), strict=True):
             target.copy_(source[elements])
-        new.updates, new.settled = self.updates, self.settled
+        new.updates, new.settled, new.threshold = self.updates, self.settled, self.threshold
         return new
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,6 +136,7 @@ class ImportanceState:
             "live": self.live.clone(),
             "updates": self.updates,
             "settled": self.settled,
+            "threshold": None if self.threshold is None else self.threshold.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -153,11 +157,15 @@ class ImportanceState:
                 raise ValueError(f"state[{name!r}]: expected {'booleans' if name == 'live' else 'finite numbers'}")
         if type(state["updates"]) is not int or type(state["settled"]) is not bool:
             raise ValueError("state['updates'], state['settled']: expected an integer and a boolean")
+        threshold = state.get("threshold")  # no state of an earlier version has it
+        if threshold is not None and not (isinstance(threshold, Tensor) and threshold.numel() == 1):
+            raise ValueError(f"state['threshold']: expected a tensor of one element or None, got {threshold!r:.80}")
         self.set_current(state["average"], state["uncertainty"])
         self.scores.copy_(state["scores"])
         self.live.copy_(state["live"])
         self.updates = state["updates"]
         self.settled = state["settled"]
+        self.threshold = None if threshold is None else threshold.to(self.scores).reshape(())
 
 
 def check_keys(state: Any, names: tuple[str, ...]) -> None:
