@@ -74,8 +74,8 @@ class FusedIncrement(_Module, AdaLoraLayer):
         lora_A, dropouts = modules["lora_A"]._parameters, modules["lora_dropout"]._modules
         for name in adapters:
             factor, dropout = lora_A[name], dropouts[name]
-            if type(factor) not in PLAIN:
-                return f"lora_A is a {type(factor).__name__}"
+            if type(factor) not in PLAIN or factor.is_meta:
+                return f"lora_A is a {type(factor).__name__} on {factor.device}"
             if type(dropout) not in DROPOUTS:
                 return f"lora_dropout is a {type(dropout).__name__}"
         return None
