@@ -28,6 +28,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from adalora_kernels.integrations.guidance import infer_task_type
 from adalora_kernels.integrations.peft import patch_model
 
 VOCABULARY = 61
@@ -61,18 +62,13 @@ def _gpt2(layers: int) -> tuple[nn.Module, str, list[str]]:
     return GPT2LMHeadModel(config), "CAUSAL_LM", ["c_attn", "c_proj", "c_fc"]
 
 
-def _sequence_to_sequence(model: nn.Module) -> str | None:
-    """PEFT's task type, where its model for it finds the method that transformers 5 has renamed."""
-    return "SEQ_2_SEQ_LM" if hasattr(model, "_prepare_encoder_decoder_kwargs_for_generation") else None
-
-
 def _t5(layers: int) -> tuple[nn.Module, str | None, list[str]]:
     config = T5Config(
         vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=layers, num_decoder_layers=layers, num_heads=4,
         relative_attention_num_buckets=8, dropout_rate=0.0, decoder_start_token_id=0,
     )  # fmt: skip
     model = T5ForConditionalGeneration(config)
-    return model, _sequence_to_sequence(model), ["q", "k", "v", "o", "wi", "wo"]
+    return model, infer_task_type(model), ["q", "k", "v", "o", "wi", "wo"]
 
 
 def _bart(layers: int) -> tuple[nn.Module, str | None, list[str]]:
@@ -81,7 +77,7 @@ def _bart(layers: int) -> tuple[nn.Module, str | None, list[str]]:
         decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32, dropout=0.0,
     )  # fmt: skip
     model = BartForConditionalGeneration(config)
-    return model, _sequence_to_sequence(model), ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    return model, infer_task_type(model), ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
 def _vit(layers: int) -> tuple[nn.Module, None, list[str]]:
@@ -203,3 +199,24 @@ def train(model: nn.Module, steps: int, *, start: int = 0, lr: float = 1e-2, all
 def twins(model: PeftModel, **options: Any) -> tuple[PeftModel, PeftModel]:
     """An unpatched and a patched copy of ``model``."""
     return copy.deepcopy(model), patch_model(copy.deepcopy(model), **options)
+
+
+def pattern(model: PeftModel, adapter: str = "default") -> Any:
+    """A copy of the adapter's rank pattern."""
+    return copy.deepcopy(model.peft_config[adapter].rank_pattern)
+
+
+def live_total(model: PeftModel) -> int:
+    """How many triplets live, by the rank pattern."""
+    return sum(map(sum, model.peft_config["default"].rank_pattern.values()))
+
+
+def singular_values(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of every E."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_E" in name}
+
+
+def backward(model: PeftModel, seed: int = 0) -> None:
+    """Gradients of one batch alone."""
+    model.zero_grad()
+    model(**batch(model, seed)).loss.backward()
