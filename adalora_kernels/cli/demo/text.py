@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 # Not library text: tests and their data, installed packages, and generated tables of topics.
 _SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "pydoc_data"})
@@ -36,6 +37,27 @@ class Pair:
     module: str
     signature: str
     summary: str
+
+
+Documented: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A function, method or class with a docstring.
+
+    Attributes:
+        package, module: as in ``Pair``.
+        name: qualified, such as ``Message.get``.
+        node: its syntax.
+        docstring: without its indentation.
+    """
+
+    package: str
+    module: str
+    name: str
+    node: Documented
+    docstring: str
 
 
 @dataclass(frozen=True)
@@ -80,37 +102,44 @@ def read_corpus(root: Path | None = None) -> list[Pair]:
     """
     root = root or Path(sysconfig.get_path("stdlib"))
     pairs: dict[str, Pair] = {}
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if _SKIPPED.isdisjoint(parts) and all(part.isidentifier() for part in parts):
-            for pair in _module_pairs(path, parts):
-                pairs.setdefault(pair.summary, pair)
+    for definition in definitions(root):
+        summary = first_sentence(definition.docstring)
+        name = split_name(definition.name)
+        signature = f"{name} ( {' , '.join(split_name(a) for a in _arguments(definition.node))} )"
+        if len(summary.split()) >= _MIN_SUMMARY_WORDS and name:
+            pairs.setdefault(summary, Pair(definition.package, definition.module, signature, summary))
     if not pairs:
         raise FileNotFoundError(f"no documented Python sources below {root}: the demo reads the docstrings there")
     return list(pairs.values())
 
 
-def _module_pairs(path: Path, parts: tuple[str, ...]) -> Iterator[Pair]:
-    module = ".".join(parts).removesuffix(".__init__")
-    for name, arguments, docstring in _definitions(ast.parse(path.read_bytes(), str(path)), ""):
-        summary = first_sentence(docstring)
-        signature = f"{split_name(name)} ( {' , '.join(split_name(a) for a in arguments)} )"
-        if len(summary.split()) >= _MIN_SUMMARY_WORDS and split_name(name):
-            yield Pair(parts[0], module, signature, summary)
+def definitions(root: Path | None = None) -> Iterator[Definition]:
+    """Every documented function, method and class below ``root``, in the order of their paths.
+
+    Args:
+        root: a folder of Python sources; None for this Python's standard library.
+    """
+    root = root or Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if _SKIPPED.isdisjoint(parts) and all(part.isidentifier() for part in parts):
+            module = ".".join(parts).removesuffix(".__init__")
+            for name, node, docstring in _below(ast.parse(path.read_bytes(), str(path)), ""):
+                yield Definition(parts[0], module, name, node, docstring)
 
 
-def _definitions(node: ast.AST, prefix: str) -> Iterator[tuple[str, list[str], str]]:
+def _below(node: ast.AST, prefix: str) -> Iterator[tuple[str, Documented, str]]:
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if isinstance(child, Documented):
             docstring = ast.get_docstring(child)
             if docstring:
-                yield prefix + child.name, _arguments(child), docstring
-            yield from _definitions(child, f"{prefix}{child.name}.")
+                yield prefix + child.name, child, docstring
+            yield from _below(child, f"{prefix}{child.name}.")
         elif isinstance(child, ast.If | ast.Try | ast.With):
-            yield from _definitions(child, prefix)
+            yield from _below(child, prefix)
 
 
-def _arguments(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> list[str]:
+def _arguments(node: Documented) -> list[str]:
     if isinstance(node, ast.ClassDef):
         return [ast.unparse(base) for base in node.bases]
     a = node.args
@@ -123,16 +152,16 @@ def split_corpus(pairs: Sequence[Pair]) -> Splits:
 
     Packages and modules are dealt out largest first, so that every part holds large and small ones in every Python.
     """
-    packages = _dealt(Counter(pair.package for pair in pairs), {"base": 0.5, "adapted": 0.5})
+    packages = dealt(Counter(pair.package for pair in pairs), {"base": 0.5, "adapted": 0.5})
     adapted = [pair for pair in pairs if packages[pair.package] == "adapted"]
-    modules = _dealt(Counter(pair.module for pair in adapted), _SHARES)
+    modules = dealt(Counter(pair.module for pair in adapted), _SHARES)
     parts: dict[str, list[Pair]] = {part: [] for part in _SHARES}
     for pair in adapted:
         parts[modules[pair.module]].append(pair)
     return Splits(base=[pair for pair in pairs if packages[pair.package] == "base"], **parts)
 
 
-def _dealt(sizes: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, str]:
+def dealt(sizes: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, str]:
     """The part that each name goes to: largest names first, each to the part that lacks most of its share."""
     missing = {part: share * sum(sizes.values()) for part, share in shares.items()}
     part_of = {}
@@ -143,4 +172,14 @@ def _dealt(sizes: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, s
     return part_of
 
 
-__all__ = ["Pair", "Splits", "first_sentence", "read_corpus", "split_corpus", "split_name"]
+__all__ = [
+    "Definition",
+    "Pair",
+    "Splits",
+    "dealt",
+    "definitions",
+    "first_sentence",
+    "read_corpus",
+    "split_corpus",
+    "split_name",
+]
