@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,9 +19,17 @@ _MODULES = {
     "env": "adalora_kernels.cli.env",
     "check": "adalora_kernels.cli.check",
     "demo": "adalora_kernels.cli.demo.run",
+    "export": "adalora_kernels.cli.export",
+    "ranks": "adalora_kernels.cli.ranks",
+}
+_EXTRAS = {
+    "demo": ("demo", ("peft", "matplotlib")),
+    "export": ("peft", ("peft",)),
+    "ranks": ("demo", ("matplotlib",)),
 }
 # Fewer steps leave no room for AdaLoRA's three phases.
 _LEAST_STEPS = 6
+_CHECKPOINT = "folder with adapter_config.json and adapter_model.safetensors, as PEFT saves it"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parse(os.environ.get(ENVIRONMENT_VARIABLE) or None)
     except ValueError as error:
         raise SystemExit(f"adalora-kernels: {ENVIRONMENT_VARIABLE}: {error}") from None
-    if arguments.command == "demo":
-        require_extra("demo", "demo", ("peft", "matplotlib"))
+    if arguments.command in _EXTRAS:
+        require_extra(arguments.command, *_EXTRAS[arguments.command])
     status: int = import_module(_MODULES[arguments.command]).main(arguments)
     return status
 
@@ -60,7 +69,27 @@ def _parser() -> argparse.ArgumentParser:
     names = [backend.value for backend in Backend]
     demo.add_argument("--backend", choices=names, default=None, help="use this one and no other")
     demo.add_argument("--device", type=_device, default="cpu", help="where to train, such as cpu or cuda")
+    _add_export(commands)
+    ranks = commands.add_parser("ranks", help="heat map and budget of a saved AdaLoRA adapter")
+    ranks.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=_CHECKPOINT)
+    ranks.add_argument(
+        "--output", type=Path, default=Path("ranks.png"), help="the picture, or a folder for it (default: ranks.png)"
+    )
     return parser
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="a saved AdaLoRA adapter as plain LoRA, or merged into its base")
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=_CHECKPOINT)
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write into")
+    form = export.add_mutually_exclusive_group()
+    form.add_argument("--merged", action="store_true", help="write the base model with the adapter in its weights")
+    form.add_argument(
+        "--uniform-rank",
+        action="store_true",
+        help="fill every layer up to the largest rank with zeros, for engines without rank_pattern",
+    )
+    export.add_argument("--base", metavar="MODEL", help="with --merged: folder or hub name; default: the adapter's own")
 
 
 def _steps(text: str) -> int:

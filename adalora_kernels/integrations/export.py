@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+try:
+    from peft import LoraConfig
+except ImportError as error:
+    raise ImportError("export needs Hugging Face PEFT: pip install 'adalora-kernels[peft]'") from error
 
 from adalora_kernels.integrations.adapter import CONFIG_FILE, PREFIX, TENSOR_FILE, Adapter, Factors
 from adalora_kernels.integrations.trained import adapter_of, plain_copy, unwrapped

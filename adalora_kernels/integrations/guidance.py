@@ -12,10 +12,14 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from peft import AdaLoraConfig, PeftModelForSeq2SeqLM
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+try:
+    from peft import AdaLoraConfig, PeftModelForSeq2SeqLM
+except ImportError as error:
+    raise ImportError("configurations for PEFT need it: pip install 'adalora-kernels[peft]'") from error
 
 # Medians of the paper's twelve runs (appendix tables of hyper-parameters; steps = epochs · examples / batch):
 # the initial warm-up takes 4 to 18 % of the steps, the final one 44 to 63 %.

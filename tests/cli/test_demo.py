@@ -16,10 +16,11 @@ from adalora_kernels import patch_model
 from adalora_kernels.cli.demo import run as demo
 from adalora_kernels.cli.demo.accuracy import estimate
 from adalora_kernels.cli.demo.model import PairEncoder, deberta_v3_config
-from adalora_kernels.cli.demo.report import Outcome, ranks_text, table
+from adalora_kernels.cli.demo.report import Outcome, rank_map_of, table
 from adalora_kernels.cli.demo.settings import MATRICES, Settings
 from adalora_kernels.cli.demo.train import PHASES, Contender, batches, with_adapter
 from adalora_kernels.cli.main import main
+from adalora_kernels.cli.rank_map import as_text
 
 
 def small(output: Path, **changes: object) -> Settings:
@@ -52,7 +53,7 @@ def trained(outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("trained")
 def test_run_writes_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = small(tmp_path / "deep" / "folder")
+    settings = small(tmp_path)
     assert demo.run(settings) == 0
     printed = capsys.readouterr().out
     picture = settings.output / "ranks.png"
@@ -104,7 +105,7 @@ def test_no_gain_is_claimed_inside_two_standard_errors(outcome: Outcome) -> None
 
 
 def test_ranks_in_the_terminal(outcome: Outcome) -> None:
-    lines = ranks_text(outcome.ours, outcome.settings).splitlines()
+    lines = as_text(rank_map_of(outcome.ours, outcome.settings), width=80).splitlines()
     assert len(lines) == 2 + len(MATRICES)
     numbers = [int(word) for line in lines[2:] for word in line.split() if word.isdigit()]
     assert sum(numbers) == outcome.settings.target_budget

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,9 +10,10 @@ from torch import Tensor
 from adalora_kernels.cli.demo.accuracy import MAJORITY, Estimate, estimate
 from adalora_kernels.cli.demo.settings import MATRICES, Settings
 from adalora_kernels.cli.demo.train import PHASES, Contender
+from adalora_kernels.cli.rank_map import RankMap
+from adalora_kernels.cli.tables import aligned
 
 _LAST = 50
-_SHADES = " ░▒▓█"
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,12 @@ def table(outcome: Outcome) -> str:
     for name, phase in (("ms per step", "step"), *((f"  {phase}", phase) for phase in PHASES)):
         ratio = f"{before[phase] / after[phase]:.2f}"
         rows.append((name, f"{before[phase]:.2f}", f"{after[phase]:.2f}", ratio))
-    return "\n".join([*_aligned(rows), "", *_notes(outcome, settings)])
+    return "\n".join([*aligned(rows), "", *_notes(outcome, settings)])
 
 
 def _tail(values: list[float]) -> float:
     last = values[-_LAST:]
     return sum(last) / len(last)
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for name, *cells in rows:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def _notes(outcome: Outcome, settings: Settings) -> list[str]:
@@ -125,19 +117,11 @@ def _notes(outcome: Outcome, settings: Settings) -> list[str]:
     ]
 
 
-def ranks_text(contender: Contender, settings: Settings) -> str:
-    """The triplets left as text: matrices downwards, layers to the right, shaded by their share of the initial rank."""
-    ranks = contender.live_ranks()
-    width = max(map(len, MATRICES.values()))
-    lines = [" " * width + "".join(f"{'layer ' + str(layer):>10}" for layer in range(settings.layers))]
-    for matrix in MATRICES.values():
-        cells = []
-        for layer in range(settings.layers):
-            rank = ranks[layer, matrix]
-            shade = _SHADES[-(-rank * (len(_SHADES) - 1) // settings.init_rank)]
-            cells.append(f"{shade * 4} {rank:>2}".rjust(10))
-        lines.append(matrix.ljust(width) + "".join(cells))
-    return "\n".join([f"Triplets left of {settings.init_rank} through {contender.name}:", *lines])
+def rank_map_of(contender: Contender, settings: Settings) -> RankMap:
+    """The triplets left of one training."""
+    layers = [str(layer) for layer in range(settings.layers)]
+    ranks = {(name, str(layer)): rank for (layer, name), rank in contender.live_ranks().items()}
+    return RankMap(f"through {contender.name}", list(MATRICES.values()), layers, ranks, settings.init_rank)
 
 
-__all__ = ["Outcome", "ranks_text", "table"]
+__all__ = ["Outcome", "rank_map_of", "table"]

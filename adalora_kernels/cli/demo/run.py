@@ -11,18 +11,19 @@ from adalora_kernels import patch_model
 from adalora_kernels.backends.select import select
 from adalora_kernels.cli.demo.accuracy import judge
 from adalora_kernels.cli.demo.model import PairEncoder, deberta_v3_config, encode_pairs, texts_of, train_tokenizer
-from adalora_kernels.cli.demo.picture import draw_ranks
-from adalora_kernels.cli.demo.report import Outcome, ranks_text, table
+from adalora_kernels.cli.demo.report import Outcome, rank_map_of, table
 from adalora_kernels.cli.demo.settings import Settings
 from adalora_kernels.cli.demo.text import read_corpus, split_corpus
 from adalora_kernels.cli.demo.train import Contender, compare, train_base, with_adapter
+from adalora_kernels.cli.errors import make_folder, plain_errors
+from adalora_kernels.cli.rank_map import as_text, draw
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Run the demo from the command line; 0 where the run holds what it must.
 
     Raises:
-        SystemExit: the backend asked for can't run, with the reason.
+        SystemExit: the backend asked for can't run, or the folder can't be made, with the reason.
     """
     settings = Settings(
         output=arguments.output,
@@ -35,23 +36,25 @@ def main(arguments: argparse.Namespace) -> int:
         select("svd_linear", torch.device(settings.device).type, torch.float32, settings.init_rank, settings.backend)
     except RuntimeError as error:
         raise SystemExit(f"adalora-kernels demo: {error}") from None
+    with plain_errors("demo"):
+        make_folder(settings.output)
     return run(settings)
 
 
 def run(settings: Settings) -> int:
-    """Train, judge and report. Writes ``table.txt`` and ``ranks.png`` into ``settings.output``.
+    """Train, judge and report. Writes ``table.txt`` and ``ranks.png`` into the folder ``settings.output``.
 
     Returns:
         0, or 1 where accuracy, losses or budget are not what they must be.
     """
     begin = time.perf_counter()
-    settings.output.mkdir(parents=True, exist_ok=True)
     outcome = train_and_judge(settings)
     text = table(outcome)
     table_path, picture_path = settings.output / "table.txt", settings.output / "ranks.png"
     table_path.write_text(text + "\n", encoding="utf-8")
-    draw_ranks([outcome.peft, outcome.ours], settings, picture_path)
-    print("", text, "", ranks_text(outcome.ours, settings), "", sep="\n")
+    maps = [rank_map_of(contender, settings) for contender in (outcome.peft, outcome.ours)]
+    draw(maps, f"Ranks after {settings.steps} steps, budget {settings.target_budget}", picture_path)
+    print("", text, "", as_text(maps[1]), "", sep="\n")
     print(f"Table: {table_path}\nPicture: {picture_path}\nTook {time.perf_counter() - begin:.0f} s")
     failures = outcome.failures()
     for failure in failures:
