@@ -125,15 +125,17 @@ def described(selection: Selection) -> tuple[str, str, str, str]:
 
 
 def _explain_model(model: nn.Module) -> list[Explanation]:
+    factors = ("lora_A", "lora_E", "lora_B")
+    layers = {name: module for name, module in model.named_modules() if all(hasattr(module, f) for f in factors)}
+    patched = any(hasattr(layer, "explain_layer") for layer in layers.values())
     lines = []
-    for name, module in model.named_modules():
-        if not all(hasattr(module, part) for part in ("lora_A", "lora_E", "lora_B")):
-            continue
-        if hasattr(module, "explain_layer"):
-            lines.append(Explanation(name, *module.explain_layer()))
+    for name, layer in layers.items():
+        if hasattr(layer, "explain_layer"):
+            lines.append(Explanation(name, *layer.explain_layer()))
         else:
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            lines.append(Explanation(name, "none", "its own", f"{kind} is not accelerated"))
+            kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+            why = "is not accelerated" if patched else "is not patched: call patch_model(model)"
+            lines.append(Explanation(name, "none", "its own", f"{kind} {why}"))
     return lines
 
 
