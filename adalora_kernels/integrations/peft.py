@@ -22,6 +22,7 @@ except ImportError as error:
 from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.integrations.adalora_model import FusedAdaLoraModel, fuse_model, restore_model
 from adalora_kernels.integrations.exchange import can_be_fused, fuse_layer, is_fused, restore_layer
+from adalora_kernels.integrations.guidance import check_config
 from adalora_kernels.integrations.siblings import link_siblings
 
 MINIMUM_PEFT = "0.18.0"
@@ -52,7 +53,8 @@ def patch_model(peft_model: Model, backend: str | Backend | None = None, *, sibl
     """Exchange the classes of PEFT's AdaLoRA layers and model for the fused ones, in place.
 
     Layers over other bases than linear ones (Conv2d) keep PEFT's code; ``layer_report`` lists them. A model that is
-    patched already stays so and takes the backend and ``siblings``.
+    patched already stays so and takes the backend and ``siblings``. Settings of a trained adapter that make AdaLoRA less
+    than it is are warned about once.
 
     Args:
         peft_model: a ``PeftModel``, an ``AdaLoraModel``, or any module that holds PEFT's AdaLoRA layers.
@@ -75,6 +77,9 @@ def patch_model(peft_model: Model, backend: str | Backend | None = None, *, sibl
         for layer in svd_layers:
             for factor in layer.lora_A.values():
                 select("svd_linear", factor.device.type, factor.dtype, factor.shape[0], backend)
+    for config in (config for tuner in tuners for config in tuner.peft_config.values()):
+        if not config.inference_mode:
+            check_config(config, patched=True)
     fresh: list[nn.Module] = [m for m in (*svd_layers, *tuners) if can_be_fused(m) or type(m) is AdaLoraModel]
     try:
         for layer in svd_layers:
