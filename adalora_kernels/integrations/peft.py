@@ -53,8 +53,8 @@ def patch_model(peft_model: Model, backend: str | Backend | None = None, *, sibl
     """Exchange the classes of PEFT's AdaLoRA layers and model for the fused ones, in place.
 
     Layers over other bases than linear ones (Conv2d) keep PEFT's code; ``layer_report`` lists them. A model that is
-    patched already stays so and takes the backend and ``siblings``. Settings of a trained adapter that make AdaLoRA less
-    than it is are warned about once.
+    patched already stays so and takes the backend and ``siblings``. Settings of a trained adapter that make AdaLoRA
+    less than it is are warned about once.
 
     Args:
         peft_model: a ``PeftModel``, an ``AdaLoraModel``, or any module that holds PEFT's AdaLoRA layers.
