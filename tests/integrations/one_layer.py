@@ -48,7 +48,7 @@ def adapted(
     model = OneLayer(base)
     if flag is not None:
         setattr(model, flag, True)
-    config = AdaLoraConfig(**{"target_modules": ["q"], "total_step": 9, "init_r": 4, **settings})
+    config = AdaLoraConfig(**{"target_modules": ["q"], "total_step": 9, "init_r": 4, "target_r": 2, **settings})
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():
