@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from adalora_kernels import reference
     from adalora_kernels.allocator import AdaLoraAdamW, RankAllocator, compute_orth_regu, graphed_step
+    from adalora_kernels.integrations.checkpoint import load_training_state, save_training_state
     from adalora_kernels.integrations.export import export_lora
     from adalora_kernels.integrations.guidance import recommended_config
     from adalora_kernels.integrations.peft import patch_model, patch_peft, unpatch_model, unpatch_peft
@@ -30,9 +31,11 @@ _HOME = {
     "explain": "adalora_kernels.ops.explain",
     "export_lora": "adalora_kernels.integrations.export",
     "graphed_step": "adalora_kernels.allocator",
+    "load_training_state": "adalora_kernels.integrations.checkpoint",
     "patch_model": "adalora_kernels.integrations.peft",
     "patch_peft": "adalora_kernels.integrations.peft",
     "recommended_config": "adalora_kernels.integrations.guidance",
+    "save_training_state": "adalora_kernels.integrations.checkpoint",
     "svd_linear": "adalora_kernels.ops.svd_linear",
     "unpatch_model": "adalora_kernels.integrations.peft",
     "unpatch_peft": "adalora_kernels.integrations.peft",
@@ -63,10 +66,12 @@ __all__ = [
     "explain",
     "export_lora",
     "graphed_step",
+    "load_training_state",
     "patch_model",
     "patch_peft",
     "recommended_config",
     "reference",
+    "save_training_state",
     "svd_linear",
     "unpatch_model",
     "unpatch_peft",

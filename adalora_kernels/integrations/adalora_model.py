@@ -22,6 +22,7 @@ from adalora_kernels.allocator.triplets import Slot
 from adalora_kernels.allocator.watch import unwatch, watch
 from adalora_kernels.backends.select import Backend, offers, parse
 from adalora_kernels.integrations.exchange import can_be_fused, fuse_layer
+from adalora_kernels.integrations.load_adapter import follow_load_adapter
 from adalora_kernels.integrations.rank_pattern import Pattern, by_layer, gather, path_key, return_averages
 from adalora_kernels.integrations.tuner_allocator import TunerAllocator
 from adalora_kernels.ops.orthogonality import orthogonality_loss
@@ -284,6 +285,7 @@ def fuse_model(model: AdaLoraModel, backend: str | Backend | None) -> None:
     """Exchange the class of one AdaLoRA model in place."""
     if type(model) is not FusedAdaLoraModel:
         model.__class__ = FusedAdaLoraModel
+        follow_load_adapter()
         model.fused_state.hook = model.model.register_forward_hook(model.add_term, with_kwargs=True)
         if triplets := find_triplets(model.model):
             watch(model, triplets[0].slots[1], "patch_model was called", "base_model.update_and_allocate(step)")

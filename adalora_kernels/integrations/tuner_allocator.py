@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.adalora.config import AdaLoraConfig
@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from adalora_kernels.allocator import RankAllocator, Turn
 from adalora_kernels.allocator.compact import Rows, spread
+from adalora_kernels.allocator.state import check_keys
 from adalora_kernels.allocator.watch import unwatch
-from adalora_kernels.integrations.rank_pattern import adopt_averages, by_layer, gather, path_key
+from adalora_kernels.integrations.rank_pattern import Pattern, adopt_averages, by_layer, gather, path_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,6 +102,29 @@ class TunerAllocator(RankAllocator):
                 stacklevel=2,
             )
         return threshold
+
+    @property
+    def loaded_rows(self) -> Pattern:
+        """For each layer that has lost rows for good, which of the first ones it still has."""
+        return self.tuner.fused_state.kept.get(self.name, {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``RankAllocator``'s, with what PEFT's config and this model know besides."""
+        ranked = bool(self.config.rank_pattern)
+        return {**super().state_dict(), "ranked": ranked, "loaded_rows": dict(self.loaded_rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As ``RankAllocator``'s; the pattern goes to the config."""
+        check_keys(state, ("ranked", "loaded_rows"))
+        loaded = state["loaded_rows"]
+        for triplet, (rank, _, _) in zip(self.triplets, self.importance.layout.shapes, strict=True):
+            if triplet.name in loaded and sum(loaded[triplet.name]) != rank:
+                raise ValueError(f"state['loaded_rows'][{triplet.name!r}]: expected {rank} rows to be there")
+        super().load_state_dict(state)
+        self.tuner.fused_state.kept[self.name] = dict(loaded)
+        self.config.rank_pattern = None
+        if state["ranked"]:
+            self._write_pattern()
 
     def _write_pattern(self) -> None:
         kept = self.tuner.fused_state.kept.get(self.name, {})
