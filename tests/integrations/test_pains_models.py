@@ -20,7 +20,16 @@ from adalora_kernels import export_lora
 from adalora_kernels.integrations.adalora_model import FusedAdaLoraModel
 from adalora_kernels.integrations.peft import layer_report, patch_model, patch_peft, unpatch_peft
 from adalora_kernels.testing.tolerances import assert_within_budget
-from tests.integrations.small_models import adapter_parameters, backward, batch, build, pattern, train, twins
+from tests.integrations.small_models import (
+    adapter_parameters,
+    backward,
+    batch,
+    build,
+    live_total,
+    pattern,
+    train,
+    twins,
+)
 
 
 def _save(model: PeftModel, folder: Path) -> Path:
@@ -145,7 +154,7 @@ def test_P2322_merging_and_serving(tmp_path: Path) -> None:
 def test_P3193_conv2d() -> None:
     """PEFT ≥ 0.20 adapts it. Ours leaves that layer to PEFT and says so."""
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 4))
-    config = AdaLoraConfig(target_modules=["0", "2"], init_r=3, total_step=9)
+    config = AdaLoraConfig(target_modules=["0", "2"], init_r=3, target_r=2, total_step=9)
     try:
         theirs, ours = twins(get_peft_model(model, config))
     except ValueError as error:
@@ -179,3 +188,43 @@ def test_P529_embedding() -> None:
             patch_peft()
         with pytest.raises(ValueError, match=r"Target module Embedding\(5, 4\) is not supported"):
             get_peft_model(nn.Sequential(nn.Embedding(5, 4)), AdaLoraConfig(target_modules=["0"], total_step=9))
+
+
+def _over_8_bit_attention(dtype: torch.dtype) -> PeftModel:
+    """A model whose queries and values are adapted over bitsandbytes' 8-bit layers, as ``load_in_8bit`` makes them."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = build("llama").unload().to(dtype)
+    for layer in model.model.layers:
+        for name in ("q_proj", "v_proj"):
+            linear = getattr(layer.self_attn, name)
+            base = bitsandbytes.nn.Linear8bitLt(32, linear.out_features, bias=False, has_fp16_weights=False)
+            base.load_state_dict(linear.state_dict())
+            setattr(layer.self_attn, name, base.to("cpu"))  # .to() quantises
+    model.is_loaded_in_8bit = True
+    settings = {"init_r": 6, "target_r": 3, "lora_alpha": 12, "tinit": 2, "tfinal": 4, "deltaT": 2, "total_step": 20}
+    config = AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **settings)
+    peft_model = get_peft_model(model, config)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_E" in name:
+            nn.init.normal_(parameter)
+    return peft_model.train()
+
+
+def test_P1146_an_8_bit_base() -> None:
+    """``lora_A.weight`` didn't exist and an addition in place failed; mended by P1146, which makes a new sum."""
+    theirs, ours = twins(_over_8_bit_attention(torch.float32))
+    assert all(report.fused for report in layer_report(ours))
+    expected, actual = train(theirs, 20), train(ours, 20)
+    assert actual == pytest.approx(expected, rel=1e-4)
+    assert live_total(ours) == live_total(theirs) == 3 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_A27_defect_11_an_8_bit_base_under_a_16_bit_model(dtype: torch.dtype) -> None:
+    """PEFT's sum is in fp32, and attention gets queries and keys of two dtypes."""
+    theirs, ours = twins(_over_8_bit_attention(dtype))
+    with pytest.raises(RuntimeError, match="to have the same dtype"):
+        train(theirs, 1)
+    losses = train(ours, 20)
+    assert losses[-1] < losses[0] and live_total(ours) == 3 * 4

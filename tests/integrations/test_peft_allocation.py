@@ -9,27 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AdaLoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from peft import PeftModel
+from torch import Tensor
 
 from adalora_kernels.integrations.peft import patch_model, unpatch_model
 from adalora_kernels.testing.tolerances import assert_within_budget
-from tests.integrations.small_models import ARCHITECTURES, adapter_parameters, batch, build, train, twins
+from tests.integrations.small_models import (
+    ARCHITECTURES,
+    adapter_parameters,
+    backward,
+    batch,
+    build,
+    live_total,
+    pattern,
+    singular_values,
+    train,
+    twins,
+)
 
 BETA = 0.85
-
-
-def _pattern(model: PeftModel, adapter: str = "default") -> dict[str, list[bool]] | None:
-    return copy.deepcopy(model.peft_config[adapter].rank_pattern)
-
-
-def _singular_values(model: PeftModel) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_E" in name}
-
-
-def _backward(model: PeftModel, seed: int = 0) -> None:
-    model.zero_grad()
-    model(**batch(model, seed)).loss.backward()
 
 
 def test_lockstep_with_peft_for_200_steps(record_property: Callable[[str, object], None]) -> None:
@@ -41,7 +39,7 @@ def test_lockstep_with_peft_for_200_steps(record_property: Callable[[str, object
     exact: dict[str, tuple[Tensor, Tensor]] = {}
     ties, ranked = 0, 0
     for step in range(200):
-        _backward(ours, seed=step)
+        backward(ours, seed=step)
         optimizer.step()
         for (name, mine), theirs in zip(
             adapter_parameters(ours).items(), adapter_parameters(oracle).values(), strict=True
@@ -63,7 +61,7 @@ def test_lockstep_with_peft_for_200_steps(record_property: Callable[[str, object
                 flat = torch.cat([theirs[name].reshape(-1) for name in names])
                 reference = torch.cat([exact[f"base_model.model.{name}"][kind].reshape(-1) for name in names])
                 assert_within_budget(f"average {kind} at step {step}", mine, flat, reference)
-        expected, actual = _pattern(oracle), _pattern(ours)
+        expected, actual = pattern(oracle), pattern(ours)
         assert (expected is None) == (actual is None)
         if expected is None or actual is None:
             continue
@@ -78,8 +76,8 @@ def test_lockstep_with_peft_for_200_steps(record_property: Callable[[str, object
             assert ((scores[differing] - threshold).abs() <= 1e-5 * threshold).all(), f"step {step}: no tie"
             ties += len(differing)
         if not len(differing):
-            for name, value in _singular_values(ours).items():
-                assert torch.equal(value, _singular_values(oracle)[name])
+            for name, value in singular_values(ours).items():
+                assert torch.equal(value, singular_values(oracle)[name])
     assert int(live.sum()) == 3 * len(allocator.triplets)
     record_property("measured", f"{ranked} rankings, {ties} triplets differ, each within 1e-5 of its threshold")
 
@@ -97,9 +95,9 @@ def test_free_running_in_fp64_keeps_the_same_masks_for_300_steps() -> None:
             model.base_model.update_and_allocate(step)
             optimizer.zero_grad()
             losses.append(loss.item())
-        assert _pattern(ours) == _pattern(theirs), f"step {step}"
+        assert pattern(ours) == pattern(theirs), f"step {step}"
         assert losses[1] == pytest.approx(losses[0], rel=1e-9), f"step {step}"
-    assert sum(map(sum, _pattern(ours).values())) == 2 * len(_pattern(ours))
+    assert live_total(ours) == 2 * len(pattern(ours))
 
 
 @pytest.mark.parametrize("switch", [7, 16, 18], ids=["while-pruning", "at-the-end", "after-it"])
@@ -115,30 +113,19 @@ def test_patching_and_unpatching_on_the_way_go_on_as_peft(switch: int) -> None:
     losses[1] += train(unpatched_later, 20 - switch, start=switch)
     for run in losses:
         assert run == pytest.approx(expected, rel=1e-9)
-    assert _pattern(patched_later) == _pattern(unpatched_later) == _pattern(reference)
+    assert pattern(patched_later) == pattern(unpatched_later) == pattern(reference)
 
 
 def test_the_pattern_changes_on_masking_steps_only() -> None:
     model = patch_model(build("llama"))
     history = []
     for step in range(20):
-        _backward(model, step)
+        backward(model, step)
         model.base_model.update_and_allocate(step)
         history.append(model.peft_config["default"].rank_pattern)
-    assert all(pattern is None for pattern in history[:4])  # tinit 2, deltaT 2
+    assert all(rows is None for rows in history[:4])  # tinit 2, deltaT 2
     changed = [step for step in range(1, 20) if history[step] is not history[step - 1]]
     assert changed == [4, 6, 8, 10, 12, 14, 16]
-
-
-def test_nothing_to_prune_is_a_valid_state() -> None:
-    theirs, ours = twins(build("llama", init_r=3, target_r=3))
-    with pytest.raises((RuntimeError, IndexError)):
-        train(theirs, 20)  # PEFT: kthvalue of nothing
-    train(ours, 20)
-    assert all(all(row) for row in _pattern(ours).values())
-    above = patch_model(build("llama", init_r=3, target_r=5))
-    train(above, 20)
-    assert all(all(row) for row in _pattern(above).values())
 
 
 def test_a_parameter_without_a_gradient_keeps_its_averages() -> None:
@@ -146,7 +133,7 @@ def test_a_parameter_without_a_gradient_keeps_its_averages() -> None:
     train(model, 3)
     allocator = model.base_model.rank_allocator()
     before = torch.stack(allocator.importance.current())
-    _backward(model, 3)
+    backward(model, 3)
     skipped = allocator.triplets[2]
     for parameter in skipped.parameters:
         parameter.grad = None
@@ -157,36 +144,11 @@ def test_a_parameter_without_a_gradient_keeps_its_averages() -> None:
     assert not torch.equal(after[:, :start], before[:, :start])
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_an_overflow_step_leaves_averages_masks_and_pattern(value: float) -> None:
-    model = patch_model(build("llama"))
-    train(model, 5)
-    allocator = model.base_model.rank_allocator()
-    averages, pattern, values = torch.stack(allocator.importance.current()), _pattern(model), _singular_values(model)
-    _backward(model, 6)
-    next(iter(adapter_parameters(model).values())).grad.view(-1)[0] = value
-    model.base_model.update_and_allocate(6)  # a masking step
-    assert torch.equal(torch.stack(allocator.importance.current()), averages)
-    assert _pattern(model) == pattern
-    assert all(torch.equal(now, values[name]) for name, now in _singular_values(model).items())
-    train(model, 13, start=7)
-    assert sum(map(sum, _pattern(model).values())) == 3 * len(_pattern(model))
-
-
-def test_a_first_step_past_the_end_prunes_nothing_unknown() -> None:
-    model = patch_model(build("llama"))
-    values = _singular_values(model)
-    for step in (16, 17, 18):
-        _backward(model)
-        model.base_model.update_and_allocate(step)
-    assert all(torch.equal(now, values[name]) for name, now in _singular_values(model).items())
-
-
 def test_a_skipped_last_ranking_is_caught_up_with() -> None:
     model = patch_model(build("llama"))
     train(model, 16)
     train(model, 3, start=17)
-    assert sum(map(sum, _pattern(model).values())) == 3 * len(_pattern(model))
+    assert live_total(model) == 3 * len(pattern(model))
 
 
 @pytest.mark.parametrize("moment", ["before backward", "after zero_grad"])
@@ -195,38 +157,13 @@ def test_update_without_gradients_is_refused_and_changes_nothing(moment: str) ->
     if moment == "after zero_grad":
         train(model, 5)
     averages = torch.stack(model.base_model.rank_allocator().importance.current())
-    values, pattern = _singular_values(model), _pattern(model)
+    values, rows = singular_values(model), pattern(model)
     with pytest.raises(ValueError, match=r"after backward\(\) and before zero_grad\(\)"):
         model.base_model.update_and_allocate(6)
     assert torch.equal(torch.stack(model.base_model.rank_allocator().importance.current()), averages)
-    assert all(torch.equal(now, values[name]) for name, now in _singular_values(model).items())
-    assert _pattern(model) == pattern
+    assert all(torch.equal(now, values[name]) for name, now in singular_values(model).items())
+    assert pattern(model) == rows
     model.base_model.update_and_allocate(17)  # past T - tf no gradient is needed
-
-
-def test_adapter_names_are_matched_whole() -> None:
-    """PEFT takes "a" for a part of "ab", and of every "lora_"."""
-    model = build("llama", adapter="a")
-    model.add_adapter("ab", AdaLoraConfig(target_modules=["q_proj"], total_step=9, init_r=5, inference_mode=True))
-    model.set_adapter("a")  # adding an adapter for inference has frozen the active one
-    patch_model(model)
-    other = {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith(".ab")}
-    alone = patch_model(build("llama", adapter="a"))
-    assert train(model, 20) == pytest.approx(train(alone, 20), rel=1e-6)
-    assert _pattern(model, "a") == _pattern(alone, "a")
-    for name, parameter in model.named_parameters():
-        if name in other:
-            assert torch.equal(parameter, other[name])
-
-
-def test_an_inference_adapter_takes_labels() -> None:
-    theirs, ours = twins(build("llama", inference_mode=True))
-    with pytest.raises(AttributeError):
-        theirs(**batch(theirs))
-    plain = ours.get_base_model()(**batch(ours)).loss
-    torch.testing.assert_close(ours(**batch(ours)).loss, plain)
-    with pytest.raises(ValueError, match="update_and_allocate: expected a trainable AdaLoRA adapter"):
-        ours.base_model.update_and_allocate(0)
 
 
 def test_the_term_is_added_in_training_only() -> None:
@@ -238,24 +175,6 @@ def test_the_term_is_added_in_training_only() -> None:
     without = model(**batch(model)).loss
     assert term is not None and term > 0 and not term.requires_grad
     torch.testing.assert_close(with_term, without + term)
-
-
-@pytest.mark.parametrize("kind", ["attribute", "dict", "namedtuple"])
-def test_the_term_does_not_depend_on_the_task_type(kind: str) -> None:
-    model = get_peft_model(_Regression(kind), AdaLoraConfig(target_modules=["q"], total_step=9, orth_reg_weight=0.5))
-    theirs, ours = twins(model.train())
-    x = torch.randn(3, 8)
-    expected, actual = (_loss_of(m(x)) for m in (theirs, ours))
-    term = ours.base_model.last_orthogonality
-    matrices = [
-        p if "lora_A" in name else p.T for name, p in ours.named_parameters() if "lora_A" in name or "lora_B" in name
-    ]
-    wanted = 0.5 * sum(torch.linalg.matrix_norm(m @ m.T - torch.eye(len(m))) for m in matrices) / len(matrices)
-    torch.testing.assert_close(term, wanted.detach())
-    torch.testing.assert_close(actual, expected + term)
-    actual.backward()
-    assert ours.get_base_model().q.lora_A["default"].grad.abs().max() > 0
-    torch.testing.assert_close(_loss_of(ours.eval()(x)), expected)
 
 
 def test_the_term_counts_once_per_step_where_the_loss_is_a_share() -> None:
@@ -304,10 +223,10 @@ def test_the_schedule_follows_the_config() -> None:
         config = model.peft_config["default"]
         config.total_step, config.tfinal, config.deltaT = 26, 6, 3
         train(model, 16, start=3)
-    assert _pattern(ours) == _pattern(theirs)
+    assert pattern(ours) == pattern(theirs)
     ours.peft_config["default"].target_r = 2  # PEFT ignores this one
     train(ours, 7, start=19)
-    assert sum(map(sum, _pattern(ours).values())) == 2 * len(_pattern(ours))
+    assert live_total(ours) == 2 * len(pattern(ours))
 
 
 def test_an_attached_optimizer_needs_no_calls() -> None:
@@ -325,7 +244,7 @@ def test_an_attached_optimizer_needs_no_calls() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses == expected
-    assert _pattern(attached) == _pattern(called) is not None
+    assert pattern(attached) == pattern(called) is not None
 
 
 def test_a_patched_model_that_nobody_allocates_is_warned_about_once() -> None:
@@ -357,37 +276,17 @@ def test_compaction_keeps_outputs_training_and_checkpoints(architecture: str, tm
         allocator.compact(optimizer)
     steps(range(16, 18))
     model.eval()
-    before, pattern = model(**batch(model)).logits, _pattern(model)
+    before, rows = model(**batch(model)).logits, pattern(model)
     ranks = allocator.compact(optimizer)
     torch.testing.assert_close(model(**batch(model)).logits, before, rtol=1e-5, atol=1e-6)
     assert 0 in ranks.values() and sum(ranks.values()) == len(ranks)
     assert {t.name: t.shape[0] for t in allocator.triplets} == ranks
     model.train()
     steps(range(18, 23))
-    assert model.base_model.rank_allocator() is allocator and _pattern(model) == pattern
+    assert model.base_model.rank_allocator() is allocator and pattern(model) == rows
 
     model.eval().save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(build(architecture).unload(), tmp_path)
     tokens = batch(model)["input_ids"]
     for other in (loaded, patch_model(copy.deepcopy(loaded))):
         torch.testing.assert_close(other.eval()(input_ids=tokens).logits, model(input_ids=tokens).logits)
-
-
-class _Regression(nn.Module):
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.q = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> object:
-        from collections import namedtuple
-        from types import SimpleNamespace
-
-        loss = self.q(x).square().mean()
-        if self.kind == "dict":
-            return {"loss": loss}
-        return namedtuple("Output", "loss")(loss) if self.kind == "namedtuple" else SimpleNamespace(loss=loss)
-
-
-def _loss_of(output: object) -> Tensor:
-    return output["loss"] if isinstance(output, dict) else output.loss
