@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -125,6 +125,25 @@ def read_log(path: Path) -> Results:
     return results
 
 
+def merged(parts: Sequence[Results]) -> Results:
+    """The runs of several logs; of one that two of them hold, the first.
+
+    Raises:
+        ValueError: they were made under different protocols.
+    """
+    whole = Results(parts[0].protocol)
+    for part in parts:
+        if part.protocol != whole.protocol:
+            raise ValueError("logs: expected runs under one protocol, got several")
+        for about in part.environments:
+            if about not in whole.environments:
+                whole.environments.append(about)
+        for run, result in part.runs.items():
+            at = whole.environments.index(part.environments[result["environment"]])
+            whole.runs.setdefault(run, result | {"environment": at})
+    return whole
+
+
 def save(path: Path, results: Results) -> None:
     """Write the compact file in one go: each setting once, one line a run, four digits; of tuning the losses alone."""
     settings = list(dict.fromkeys(run.setting for run in results.runs))
@@ -160,4 +179,4 @@ def load(path: Path) -> Results:
     return results
 
 
-__all__ = ["Log", "Result", "Results", "load", "read_log", "save"]
+__all__ = ["Log", "Result", "Results", "load", "merged", "read_log", "save"]

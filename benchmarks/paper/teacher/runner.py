@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks.paper.teacher import protocol as fixed
@@ -12,6 +12,11 @@ from benchmarks.paper.teacher.protocol import Protocol, Run, Setting
 from benchmarks.paper.teacher.records import Log, Result, Results
 
 Execute = Callable[[Protocol, Run], Result]
+# The grid, and the study of its border: by different logs two processes can make them side by side.
+PARTS = {
+    "grid": (fixed.main_settings, fixed.final_runs),
+    "study": (fixed.study_settings, fixed.study_runs),
+}
 
 
 def losses(results: Iterable[Result]) -> list[float]:
@@ -39,17 +44,22 @@ def tuned_rate(results: Results, setting: Setting) -> float | None:
     return min(means, key=lambda rate: means[rate]) if len(means) == len(results.protocol.rates) else None
 
 
-def run_all(log: Log, execute: Execute = execute, tell: Callable[[str], Any] = print) -> None:
-    """The grid, then the study; each setting is tuned first. Runs that the log holds are not made again."""
+def run_all(
+    log: Log, parts: Sequence[str] = tuple(PARTS), execute: Execute = execute, tell: Callable[[str], Any] = print
+) -> None:
+    """Each setting of each part, tuned first. Runs that the log holds are not made again."""
     protocol = log.results.protocol
-    grid = [(setting, fixed.final_runs) for setting in fixed.main_settings(protocol)]
-    study = [(setting, fixed.study_runs) for setting in fixed.study_settings(protocol)]
-    for i, (setting, published) in enumerate(grid + study, 1):
+    todo = [
+        (setting, published)
+        for settings, published in (PARTS[part] for part in parts)
+        for setting in settings(protocol)
+    ]
+    for i, (setting, published) in enumerate(todo, 1):
         _make(log, fixed.tuning_runs(protocol, setting), execute)
         rate = tuned_rate(log.results, setting)
         assert rate is not None  # all candidates have been run
         _make(log, published(protocol, setting, rate), execute)
-        tell(f"{i} of {len(grid + study)}: {setting}, rate {rate}")
+        tell(f"{i} of {len(todo)}: {setting}, rate {rate}")
 
 
 def _make(log: Log, runs: Iterable[Run], execute: Execute) -> None:
@@ -58,4 +68,4 @@ def _make(log: Log, runs: Iterable[Run], execute: Execute) -> None:
             log.put(run, execute(log.results.protocol, run))
 
 
-__all__ = ["geometric_mean", "losses", "run_all", "tuned_rate", "tuning"]
+__all__ = ["PARTS", "geometric_mean", "losses", "run_all", "tuned_rate", "tuning"]
