@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import AdaLoraConfig, PeftModel
 
+from adalora_kernels import AdaLoraCallback
 from adalora_kernels.integrations.peft import patch_model, patch_peft, unpatch_peft
 from tests.integrations.small_models import (
     adapter_parameters,
@@ -25,6 +26,7 @@ from tests.integrations.small_models import (
     train,
     twins,
 )
+from tests.integrations.small_models_trainer import make_trainer
 
 THREADS = (
     "P1327", "P1801", "P3373", "P432", "P2337", "P2341", "P855", "P1231", "P1721", "A21", "P1539", "P1540", "P571",
@@ -110,6 +112,24 @@ def test_defect_7_training_on_from_a_checkpoint(step: int, tmp_path: Path) -> No
             train(theirs, 20 - step, start=step)
     train(ours, 20 - step, start=step)
     assert live_total(ours) == 3 * len(pattern(ours))
+
+
+@pytest.mark.parametrize("step", [10, 16, 18], ids=["while-pruning", "at-the-end", "after-it"])
+def test_defect_7_resuming_a_trainer(step: int, tmp_path: Path) -> None:
+    """Sizes don't fit, before any callback is called. That ours goes on exactly is in ``test_resume``."""
+    options = {"save_strategy": "steps", "save_steps": step}
+    for patched in (False, True):
+        make = patch_model if patched else lambda model: model
+        folder = tmp_path / str(patched)
+        make_trainer(make(build("llama")), folder, AdaLoraCallback(), **options).train()
+        resumed = make(build("llama"))
+        trainer = make_trainer(resumed, folder, AdaLoraCallback())
+        if patched:
+            trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+            assert live_total(resumed) == 3 * len(pattern(resumed))
+        else:
+            with pytest.raises(RuntimeError, match=r"size mismatch for .*lora_"):
+                trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
 
 
 def _resumed(folder: Path, patched: bool) -> PeftModel:
