@@ -125,9 +125,14 @@ def trial(kernel: str, fields: Fields) -> Iterator[None]:
         del _trials[kernel]
 
 
-def tile(kernel: str, capability: tuple[int, int] | None, width: str, rank: int) -> Fields | None:
-    """The fields of the tile that a kernel is on trial with, else those measured fastest; None where nothing was."""
-    return _trials.get(kernel) or _tile(kernel, capability, width, rank)
+def tile(
+    kernel: str, capability: tuple[int, int] | None, width: str, rank: int, dropout: bool = False
+) -> Fields | None:
+    """The fields of the tile that a kernel is on trial with, else those measured fastest; None where nothing was.
+
+    With dropout nothing was: it takes registers that a tile measured without it need not have left.
+    """
+    return _trials.get(kernel) or (None if dropout else _tile(kernel, capability, width, rank))
 
 
 @cache

@@ -11,8 +11,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from adalora_kernels.backends.triton import costs, measured
-from adalora_kernels.backends.triton.backward import configurations as backward_tiles
+from adalora_kernels.backends.triton import configurations, costs, measured
 from adalora_kernels.backends.triton.launched import launches, tile
 from adalora_kernels.backends.triton.problem import Problem
 
@@ -60,7 +59,7 @@ def _needs_dx(problem: Problem) -> str | None:
 
 def _fits_beside_dx(problem: Problem) -> str | None:
     """Of a plan that keeps v, T and dA in registers beside a tile of dx."""
-    largest = backward_tiles.largest_rank("one_gemm")
+    largest = configurations.largest_rank("one_gemm")
     too_large = f"it holds ranks up to {largest}, and this is {problem.rank}" if problem.rank > largest else None
     return _needs_dx(problem) or too_large
 

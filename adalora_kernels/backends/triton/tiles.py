@@ -1,15 +1,11 @@
-"""Which tile each kernel runs with: a static table by device family, operand width and rank; no tuning at run time.
+"""What a tile is, which devices and loads share one, and the sizes that follow from a rank or a device.
 
-What was measured on a device (``measured``) goes before the table, whose entries are calculated.
-
-Every entry compiles without spills, within its family's shared memory and, for 16-bit products, to that family's own
-matrix instructions at its largest rank, with fp32 adapters, mask and dropout; a test holds it to that without a GPU.
+Which tile a kernel runs with is said in ``configurations``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 
@@ -17,14 +13,13 @@ import torch
 from torch import Tensor
 
 from adalora_kernels.backends.select import MAX_TRITON_RANK
-from adalora_kernels.backends.triton import measured
 
 MAX_RANK = MAX_TRITON_RANK
 GROUP_M = 8  # row blocks that are in flight together
 
 
 class Family(str, Enum):
-    """Devices that share a table. Any without a table of its own takes Ampere's, which fits 99 KiB of shared memory."""
+    """Devices that share tiles. Any other takes Ampere's, which fit 99 KiB of shared memory."""
 
     AMPERE = "ampere"
     HOPPER = "hopper"
@@ -57,73 +52,6 @@ class Tile:
     def options(self) -> dict[str, int | bool]:
         """The launch options. Fusing multiply and add is asked for by name: its default differs between versions."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """An entry of the table: ``kernel`` launched with ``tile`` for ranks up to ``max_rank``."""
-
-    kernel: str
-    family: Family
-    width: Width
-    max_rank: int
-    tile: Tile
-
-
-# kernel, width -> largest rank -> tile. A dimension that the kernel does not block is 0.
-_Table = dict[tuple[str, Width], dict[int, Tile]]
-
-_COMMON: _Table = {
-    # Products of fp32 run on the FMA units, whose operands lie in registers: the higher the rank, the smaller the tile.
-    ("one_pass", Width.SINGLE): {32: Tile(64, 64, 16, 8, 3), 64: Tile(32, 64, 16, 8, 3), 128: Tile(16, 64, 16, 8, 2)},
-    ("delta", Width.SINGLE): {128: Tile(16, 64, 32, 8, 2)},
-    ("delta", Width.HALF): {128: Tile(64, 64, 64, 8, 2)},
-    ("delta", Width.MIXED): {128: Tile(64, 64, 64, 8, 2)},
-    ("v", Width.SINGLE): {128: Tile(32, 32, 0, 8, 2)},
-    ("t", Width.SINGLE): {128: Tile(32, 32, 0, 8, 2)},
-    ("x", Width.SINGLE): {128: Tile(32, 0, 32, 8, 1)},
-}
-_TABLES: dict[Family, _Table] = {
-    Family.AMPERE: _COMMON
-    | {
-        ("one_pass", Width.HALF): {64: Tile(128, 128, 32, 8, 3), 128: Tile(64, 128, 32, 8, 3)},
-        ("one_pass", Width.MIXED): {128: Tile(64, 64, 32, 8, 2)},
-        ("v", Width.HALF): {128: Tile(64, 64, 0, 8, 3)},
-        ("v", Width.MIXED): {128: Tile(64, 64, 0, 8, 2)},
-        ("t", Width.HALF): {128: Tile(64, 64, 0, 8, 3)},
-        ("t", Width.MIXED): {128: Tile(64, 64, 0, 8, 2)},
-        ("x", Width.HALF): {64: Tile(64, 0, 64, 8, 3), 128: Tile(32, 0, 64, 8, 3)},
-        ("x", Width.MIXED): {128: Tile(32, 0, 64, 8, 2)},
-    },
-    Family.HOPPER: _COMMON
-    | {
-        ("one_pass", Width.HALF): {
-            32: Tile(128, 256, 64, 8, 3),
-            64: Tile(128, 128, 64, 8, 3),
-            128: Tile(128, 64, 64, 8, 3),
-        },
-        ("one_pass", Width.MIXED): {128: Tile(128, 64, 32, 8, 3)},
-        ("v", Width.HALF): {32: Tile(64, 128, 0, 4, 3), 128: Tile(64, 64, 0, 8, 3)},
-        ("v", Width.MIXED): {128: Tile(64, 64, 0, 8, 2)},
-        ("t", Width.HALF): {32: Tile(64, 128, 0, 4, 3), 128: Tile(64, 64, 0, 8, 3)},
-        ("t", Width.MIXED): {128: Tile(64, 64, 0, 8, 2)},
-        ("x", Width.HALF): {64: Tile(64, 0, 128, 8, 3), 128: Tile(64, 0, 64, 8, 3)},
-        ("x", Width.MIXED): {128: Tile(64, 0, 64, 8, 2)},
-    },
-    Family.BLACKWELL: _COMMON
-    | {
-        ("one_pass", Width.HALF): {64: Tile(128, 256, 64, 8, 3), 128: Tile(128, 128, 64, 8, 3)},
-        ("one_pass", Width.MIXED): {128: Tile(128, 64, 32, 8, 3)},
-        ("v", Width.HALF): {32: Tile(64, 128, 0, 4, 3), 128: Tile(64, 64, 0, 8, 3)},
-        ("v", Width.MIXED): {128: Tile(64, 64, 0, 8, 2)},
-        ("t", Width.HALF): {32: Tile(64, 128, 0, 4, 3), 128: Tile(64, 64, 0, 8, 3)},
-        ("t", Width.MIXED): {128: Tile(64, 64, 0, 8, 2)},
-        ("x", Width.HALF): {64: Tile(64, 0, 64, 8, 3), 128: Tile(64, 0, 64, 8, 2)},
-        ("x", Width.MIXED): {32: Tile(64, 0, 64, 4, 3), 128: Tile(64, 0, 64, 8, 2)},
-        ("v", Width.SINGLE): {128: Tile(32, 64, 0, 8, 2)},
-    },
-}
-FINISH_TILE = Tile(8, 0, 0, 4, 2)  # sums fp32 partials, the same way for every device, dtype and rank
 
 
 def rank_padding(r: int) -> int:
@@ -183,45 +111,6 @@ def _programs_wanted(device: torch.device) -> int:
     return 2 * multiprocessors(device) if device.type == "cuda" else 4
 
 
-def measured_tile(kernel: str, capability: tuple[int, int] | None, width: Width, r: int) -> Tile | None:
-    """What was found fastest for a kernel on such a device, which goes before any table; None where nothing was."""
-    fields = measured.tile(kernel, capability, width.value, r)
-    return None if fields is None else Tile(*fields)
-
-
-@cache
-def lookup(kernel: str, family: Family, width: Width, r: int) -> Tile:
-    """The table's tile for a kernel; ValueError where the rank exceeds ``MAX_RANK``."""
-    for max_rank, tile in _TABLES[family][kernel, width].items():
-        if r <= max_rank:
-            return tile
-    raise ValueError(f"lora_A: expected a rank of at most {MAX_RANK}, got {r}")
-
-
-def choose(
-    kernel: str, device: torch.device, r: int, compute_dtype: torch.dtype, *operands: Tensor | None, adapter: Tensor
-) -> Tile:
-    """The tile for one launch.
-
-    Args:
-        kernel: "one_pass", "delta", "v", "t" or "x".
-        device: of the tensors.
-        r: the rank.
-        compute_dtype: dtype of the products.
-        operands: the large matrices that the kernel loads.
-        adapter: the factor that it loads beside them.
-
-    Raises:
-        TypeError: the products are neither fp32, fp16 nor bf16.
-        ValueError: the rank exceeds ``MAX_RANK``.
-    """
-    width = operand_width(compute_dtype, *operands)
-    tile = measured_tile(kernel, capability_of(device), width, r) or lookup(kernel, device_family(device), width, r)
-    # The table's pipelines hold elements of up to 32 bits.
-    wide = any(t is not None and t.itemsize > 4 for t in (*operands, adapter))
-    return replace(tile, num_stages=1) if wide else tile
-
-
 def slabs(tokens: int, block_m: int, column_blocks: int, device: torch.device) -> tuple[int, int]:
     """Into how many slabs, at least one, of how many rows a sum over tokens is cut, to fill the device."""
     row_blocks = max(1, -(-tokens // block_m))
@@ -230,29 +119,15 @@ def slabs(tokens: int, block_m: int, column_blocks: int, device: torch.device) -
     return -(-row_blocks * block_m // rows), rows
 
 
-def configurations() -> Iterator[Configuration]:
-    """Every entry of the table."""
-    for family, table in _TABLES.items():
-        for (kernel, width), by_rank in table.items():
-            for max_rank, tile in by_rank.items():
-                yield Configuration(kernel, family, width, max_rank, tile)
-
-
 __all__ = [
-    "FINISH_TILE",
     "GROUP_M",
     "MAX_RANK",
-    "Configuration",
     "Family",
     "Tile",
     "Width",
     "capability_of",
-    "choose",
-    "configurations",
     "device_family",
     "family_of",
-    "lookup",
-    "measured_tile",
     "multiprocessors",
     "operand_width",
     "rank_block",

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,6 +29,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 CAPABILITY = {Family.AMPERE: 80, Family.HOPPER: 90, Family.BLACKWELL: 100}
 # Ampere's table also serves what has no table of its own (sm_86, sm_89, sm_120), and they have 99 KiB.
 SHARED_MEMORY = {Family.AMPERE: 101_376, Family.HOPPER: 232_448, Family.BLACKWELL: 232_448}
+SHARED_MEMORY_OF_A100 = 166_912
 MATRIX_INSTRUCTION = {Family.AMPERE: "HMMA", Family.HOPPER: "HGMMA", Family.BLACKWELL: "UTCHMMA"}
 
 
@@ -46,16 +49,22 @@ class Launch:
 
 @dataclass
 class Resources:
-    """What cuobjdump says of a cubin, with the PTX it came from; ``instructions`` counts SASS opcodes."""
+    """What cuobjdump says of a cubin, with the PTX that it came from."""
 
     registers: int
     stack: int
     shared: int
-    instructions: dict[str, int]
     ptx: str
+    cubin: bytes = field(repr=False)
 
     def __str__(self) -> str:
         return f"{self.registers} registers, stack {self.stack}, {self.shared} bytes of shared memory"
+
+    @cached_property
+    def instructions(self) -> dict[str, int]:
+        """How often each opcode stands in the machine code. To take it apart takes as long as to compile it."""
+        opcode = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)"
+        return dict(Counter(re.findall(opcode, _cuobjdump(self.cubin, "-sass"), re.MULTILINE)))
 
 
 @contextmanager
@@ -73,8 +82,8 @@ def recorded_launches() -> Iterator[list[Launch]]:
         JITFunction.run = front  # type: ignore[method-assign]
 
 
-def compile_launch(launch: Launch, family: Family) -> CompiledKernel:
-    """Compile a recorded launch for a family's target, specialised as Triton's front does.
+def compile_launch(launch: Launch, family: Family, capability: tuple[int, int] | None = None) -> CompiledKernel:
+    """Compile a recorded launch for a device, by default a family's first, specialised as Triton's front does.
 
     1 and None become constants; multiples of 16 and aligned pointers are marked; descriptors carry their block.
     """
@@ -95,36 +104,40 @@ def compile_launch(launch: Launch, family: Family) -> CompiledKernel:
         if not free and type(address) is int and address % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", CAPABILITY[family], 32), options=options)
+    arch = CAPABILITY[family] if capability is None else 10 * capability[0] + capability[1]
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def resources_of(kernel: CompiledKernel) -> Resources:
-    """Registers, stack, shared memory and instruction counts of a compiled kernel."""
-    with TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        command = [CUOBJDUMP, "--dump-resource-usage", "-sass", cubin]
-        dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """Registers, stack and shared memory of a compiled kernel."""
+    cubin = kernel.asm["cubin"]
+    dump = _cuobjdump(cubin, "--dump-resource-usage")
     usage = re.search(r"REG:(\d+) STACK:(\d+)", dump)
     assert usage is not None, dump[:1000]
-    counts: dict[str, int] = {}
-    for opcode in re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", dump, re.MULTILINE):
-        counts[opcode] = counts.get(opcode, 0) + 1
-    return Resources(int(usage[1]), int(usage[2]), kernel.metadata.shared, counts, kernel.asm["ptx"])
+    return Resources(int(usage[1]), int(usage[2]), kernel.metadata.shared, kernel.asm["ptx"], cubin)
 
 
-def assert_within_limits(found: Resources, family: Family, matrix_instructions: bool = True) -> None:
-    """No stack, no spills, shared memory within the family's limit, real code; products on its own matrix units.
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return subprocess.run([CUOBJDUMP, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def assert_within_limits(
+    found: Resources, family: Family, matrix_instructions: bool = True, shared: int | None = None
+) -> None:
+    """No stack, no spills, shared memory within the limit, real code; products on the family's own matrix units.
 
     Args:
         found: of the compiled kernel.
         family: whose limits hold.
         matrix_instructions: whether the kernel multiplies tiles in 16 bits.
+        shared: bytes of shared memory that a device has; None: as many as all of the family have.
     """
-    assert sum(found.instructions.values()) > 100, f"hardly any code: {found.instructions}"
-    assert found.stack == 0, f"stack frame: {found}"
-    assert not {"LDL", "STL"} & found.instructions.keys(), f"spills: {found}"
-    assert found.shared <= SHARED_MEMORY[family], f"shared memory: {found}"
+    assert found.registers >= 16, f"hardly any code: {found}"
+    assert found.stack == 0, f"registers spill, or there are arrays on the stack: {found}"
+    assert found.shared <= (SHARED_MEMORY[family] if shared is None else shared), f"shared memory: {found}"
     if matrix_instructions:
         assert MATRIX_INSTRUCTION[family] in found.instructions, f"matrix instructions: {found.instructions}"
         if family is not Family.AMPERE:
@@ -134,3 +147,16 @@ def assert_within_limits(found: Resources, family: Family, matrix_instructions: 
 def products_in_flight(found: Resources) -> int:
     """On Hopper, how many groups of wgmma may still run where the kernel waits for one."""
     return max(int(depth) for depth in re.findall(r"wgmma\.wait_group\S* (\d+)", found.ptx))
+
+
+def narrow_loads(found: Resources, *bits: int) -> list[str]:
+    """Loads of elements of so many bits that move less than 16 bytes at a time, as they stand in the PTX; not flags.
+
+    Copies to shared memory, whose elements PTX doesn't tell, are among them where 32 bits are asked for.
+    """
+    copies = re.findall(r"(cp\.async\.c[ag]\.shared\.global[^;]*?\], \[[^]]*\], (0x\w+|\d+))", found.ptx)
+    narrow = [copy for copy, size in copies if 32 in bits and int(size, 0) < 16]
+    for load, count, width in re.findall(r"(ld\.global(?!\S*acquire)[\w.:]*?\.(?:v(\d)\.)?b(\d+)\b[^;]*)", found.ptx):
+        if int(width) in bits and int(count or 1) * int(width) < 128:
+            narrow.append(load)
+    return narrow

@@ -15,8 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
-from adalora_kernels.backends.triton import rank_padding, tickets
-from adalora_kernels.backends.triton.forward import blas, configurations, gemm, published, shrink, shrink_tail
+from adalora_kernels.backends.triton import configurations, rank_padding, tickets
+from adalora_kernels.backends.triton.forward import blas, gemm, published, shrink, shrink_tail
 from adalora_kernels.backends.triton.tiles import Tile
 from adalora_kernels.reference import svd_linear as reference
 from adalora_kernels.testing.inputs import LayerInputs

@@ -14,8 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from adalora_kernels.backends.triton import group, rank_padding, tickets, tiles
-from adalora_kernels.backends.triton.forward import configurations
+from adalora_kernels.backends.triton import configurations, group, rank_padding, tickets
 from adalora_kernels.backends.triton.problem import Problem
 from adalora_kernels.backends.triton.stack import stacks
 from adalora_kernels.backends.triton.tiles import Family, Tile
@@ -39,10 +38,9 @@ CHOICE = {name: getattr(group, name) for name in ("_forward_pays", "_backward_pa
 @pytest.fixture(autouse=True)
 def few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, where time goes by the step, kernels run with tiles for these shapes, whatever their tables say."""
-    lookup, single = configurations.lookup, tiles.lookup
+    lookup = configurations.lookup
     if INTERPRETED:
         monkeypatch.setattr(configurations, "lookup", lambda *args: lookup(*args) and Tile(64, 64, 32, 8, 2))
-        monkeypatch.setattr(tiles, "lookup", lambda *args: single(*args) and Tile(64, 64, 32, 8, 2))
 
 
 @pytest.fixture(autouse=True)

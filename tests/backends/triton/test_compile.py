@@ -1,106 +1,124 @@
-"""Every configuration of the table ``tiles``, compiled ahead of time for each device family: no GPU is needed.
+"""Every configuration of the layer's kernels, compiled ahead of time for its device: no GPU is needed.
 
-The widest case is taken: the largest rank of each entry, fp32 adapters, mask, bias, dropout. Held: no spills, no stack,
-shared memory within the family's limit, matrix instructions of the family's own kind for 16-bit products.
+The table's and what was measured. Each in the widest call that takes it (its largest rank, fp32 adapters, mask, bias,
+slabs of several row blocks, and dropout unless another row is for that), and those of 16-bit loads also with 16-bit
+adapters and no dropout, where the compiler keeps more in flight. Held: no spills, shared memory within the device's
+limit, matrix instructions of the family's own kind for 16-bit products, loads of 16 bytes at a time.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton")
 
-from adalora_kernels.backends.triton import tiles  # noqa: E402
-from adalora_kernels.backends.triton.backward import blas, split  # noqa: E402
-from adalora_kernels.backends.triton.forward import delta, one_pass  # noqa: E402
-from adalora_kernels.backends.triton.tiles import Configuration, Family, Width  # noqa: E402
-from adalora_kernels.reference.svd_linear import Adapter  # noqa: E402
+from adalora_kernels.backends.triton import measured  # noqa: E402
+from adalora_kernels.backends.triton.configurations import Configuration, configurations  # noqa: E402
+from adalora_kernels.backends.triton.tiles import Family, Tile, Width  # noqa: E402
 from tests.backends.triton.compiling import (  # noqa: E402
-    Launch,
+    SHARED_MEMORY_OF_A100,
+    Resources,
     assert_within_limits,
     compile_launch,
+    narrow_loads,
     products_in_flight,
-    recorded_launches,
     resources_of,
+)
+from tests.backends.triton.launches import (  # noqa: E402
+    HALF_ADAPTERS,
+    RAGGED,
+    WIDEST,
+    Call,
+    launch_of,
+    name_of,
+    table,
 )
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set in this process")
 
-M, N, K = 4096, 4096, 4096  # multiples of 16, as at run time: the wide loads are what is to fit
-
-
-def launch_of(
-    configuration: Configuration,
-    monkeypatch: pytest.MonkeyPatch,
-    adapter_dtype: torch.dtype = torch.float32,
-    dropout_p: float = 0.1,
-) -> Launch:
-    """What the launchers launch of a configuration's kernel at its largest rank; meta tensors stand for the data."""
-    monkeypatch.setattr(tiles, "device_family", lambda device: configuration.family)
-    kernel, rank = configuration.kernel, configuration.max_rank
-    compute = torch.float32 if configuration.width is Width.SINGLE else torch.bfloat16
-    operand = torch.bfloat16 if configuration.width is Width.HALF else torch.float32
-
-    def empty(*shape: int, dtype: torch.dtype = operand) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, weight, y = empty(M, K), empty(N, K), empty(M, N)
-    lora_A, lora_E, lora_B = (empty(*shape, dtype=adapter_dtype) for shape in ((rank, K), (rank, 1), (N, rank)))
-    seed = empty(1, dtype=torch.int64) if dropout_p else None
-    adapter = Adapter(lora_A, lora_E, lora_B, empty(rank), seed, 1.0, dropout_p, compute)
-    with recorded_launches() as launches:
-        if kernel == "delta":
-            delta.forward(x, None, None, y, adapter)
-        elif kernel == "one_pass":
-            one_pass.forward(x, weight, empty(N), None, adapter)
-        else:
-            u = empty(M, tiles.rank_padding(rank), dtype=compute)
-            needs = {"v": (False, True, False, False), "t": (False, False, False, True)}.get(kernel, (True,) * 4)
-            (blas if kernel == "x" else split).backward(y, x, u, weight, adapter, needs)
-    suffix = kernel if kernel in ("one_pass", "delta") else f"backward_{kernel}"
-    return next(launch for launch in launches if launch.name == f"svd_linear_{suffix}_kernel")
+SUMS = ("finish", "sum_v")
+ONLY_MATRICES = ("shrink", "group_shrink", "x", "group_x", "g", "t")  # are what these load
+PRODUCTS = ("one_pass", "gemm", "one_gemm", "dx")
 
 
 def shipped() -> list[Configuration]:
-    """The table, and the finishing kernel, which is the same everywhere, once per family."""
-    finish = [Configuration("finish", f, Width.SINGLE, tiles.MAX_RANK, tiles.FINISH_TILE) for f in Family]
-    return [*tiles.configurations(), *finish]
-
-
-def name_of(configuration: Configuration) -> str:
-    """Test id, such as hopper-forward-half-r64."""
-    c = configuration
-    return f"{c.family.value}-{c.kernel}-{c.width.value}-r{c.max_rank}"
+    """All that may be launched under the triton that is installed."""
+    minor = measured.minor_version(triton.__version__)
+    return [c for c in configurations() if c.triton in (None, minor)]
 
 
 def cases() -> list[Any]:
-    """Each configuration with dropout; on the FMA units also without, which takes no fewer registers."""
-    found = [pytest.param(c, 0.1, id=name_of(c)) for c in shipped()]
-    on_fma = [c for c in shipped() if c.width is Width.SINGLE and c.kernel in ("one_pass", "delta", "x")]
-    return found + [pytest.param(c, 0.0, id=f"{name_of(c)}-no-dropout") for c in on_fma]
+    """Each configuration; on the FMA units also without dropout, which takes no fewer registers."""
+    found = [pytest.param(c, WIDEST, id=name_of(c)) for c in shipped()]
+    on_fma = [c for c in shipped() if c.width is Width.SINGLE and c.kernel in ("one_pass", "delta", "shrink", "x")]
+    return found + [pytest.param(c, Call(dropout=False), id=f"{name_of(c)}-no-dropout") for c in on_fma]
 
 
-@pytest.mark.parametrize(("configuration", "dropout_p"), cases())
-def test_configuration_compiles_within_its_limits(
-    configuration: Configuration, dropout_p: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    family, tile = configuration.family, configuration.tile
-    launch = launch_of(configuration, monkeypatch, dropout_p=dropout_p)
+def half_adapters() -> list[Configuration]:
+    """Those that also serve calls with 16-bit adapters and without dropout."""
+    return [c for c in shipped() if c.width is Width.HALF and c.dropout is not True and c.kernel not in SUMS]
+
+
+def check(c: Configuration, call: Call = WIDEST) -> Resources:
+    launch, tile = launch_of(c, call), c.tile
     assert (launch.options["num_warps"], launch.options["num_stages"]) == (tile.num_warps, tile.num_stages)
-    found = resources_of(compile_launch(launch, family))
-    assert_within_limits(found, family, matrix_instructions=configuration.width is not Width.SINGLE)
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    if c.kernel not in SUMS:
+        assert all(launch.options[name] == size for name, size in blocks.items() if size)
+    multiplies = c.width is not Width.SINGLE and c.kernel not in SUMS
+    shared = SHARED_MEMORY_OF_A100 if c.capability == (8, 0) else None
+    found = resources_of(compile_launch(launch, c.family, c.capability))
+    assert_within_limits(found, c.family, multiplies, shared)
+    return found
 
 
-@pytest.mark.parametrize("rank", [32, 64, 128])
-def test_hopper_keeps_products_in_flight(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 16-bit adapters and no dropout, products of one step of the K loop still run while the next are issued."""
-    configuration = next(
-        c
-        for c in tiles.configurations()
-        if (c.kernel, c.family, c.width, c.max_rank) == ("one_pass", Family.HOPPER, Width.HALF, rank)
-    )
-    launch = launch_of(configuration, monkeypatch, adapter_dtype=torch.bfloat16, dropout_p=0.0)
-    assert products_in_flight(resources_of(compile_launch(launch, Family.HOPPER))) >= 1
+@pytest.mark.parametrize(("configuration", "call"), cases())
+def test_configuration_compiles_within_its_limits(configuration: Configuration, call: Call) -> None:
+    check(configuration, call)
+
+
+@pytest.mark.parametrize("configuration", half_adapters(), ids=name_of)
+def test_with_half_adapters(configuration: Configuration) -> None:
+    """Matrices are loaded 16 bytes at a time; on Hopper products run on while the next are issued."""
+    c, found = configuration, check(configuration, HALF_ADAPTERS)
+    # E, mask and bias are of 32 bits and loaded one by one, and so are one_gemm's tiles of B, which are that small.
+    assert narrow_loads(found, 16) == []
+    if c.kernel in ONLY_MATRICES:
+        assert narrow_loads(found, 16, 32) == []
+    if c.family is Family.HOPPER and c.kernel in PRODUCTS:
+        assert products_in_flight(found) >= 1
+
+
+def test_narrow_loads_are_found() -> None:
+    """Where rows are no whole 16 bytes."""
+    launch = launch_of(table(Family.HOPPER, "x")[0], replace(HALF_ADAPTERS, features=RAGGED))
+    assert narrow_loads(resources_of(compile_launch(launch, Family.HOPPER)), 16)
+
+
+def test_what_was_measured_is_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile that ``measured.json`` names is compiled for its own device, and one that does not fit is found out."""
+    tiles = [
+        {"kernel": "shrink", "width": "half", "max_rank": 16, "tile": [128, 0, 64, 4, 5]},
+        {"kernel": "group_x", "width": "half", "max_rank": 48, "tile": [256, 0, 256, 4, 5]},
+    ]
+    entry = {"evidence": ["some-device-tuning.json"], "tiles": tiles, "plans": []}
+    tables = measured.read({"8.0": {measured.minor_version(triton.__version__): entry, "2.1": entry}})
+    monkeypatch.setattr(measured, "tables", lambda: tables)
+    fits, does_not = [c for c in shipped() if c.capability is not None]
+    assert [case.id for case in cases() if "measured" in (case.id or "")] == [
+        "ampere-shrink-half-r16-no-dropout-measured-8.0", "ampere-group_x-half-r48-no-dropout-measured-8.0"
+    ]  # fmt: skip
+    assert (fits.kernel, fits.tile, fits.max_rank) == ("shrink", Tile(128, 0, 64, 4, 5), 16)
+    check(fits)
+    with pytest.raises(AssertionError, match="shared memory"):
+        check(does_not)
+
+
+def test_a_spill_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tile that the registers can't hold."""
+    (c,) = [c for c in table(Family.AMPERE, "x") if c.max_rank == 128]
+    with pytest.raises(AssertionError, match="spill"):
+        check(replace(c, tile=replace(c.tile, block_m=256, num_warps=4, num_stages=1)))

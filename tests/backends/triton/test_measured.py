@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from adalora_kernels.backends.triton import measured, plans, tiles
+from adalora_kernels.backends.triton import configurations, measured, plans
 from adalora_kernels.backends.triton.measured import Point
 from adalora_kernels.backends.triton.problem import Problem
 from adalora_kernels.backends.triton.tiles import Family, Tile, Width
@@ -47,20 +47,44 @@ def problem(**changes: Any) -> Problem:
     return usual._replace(**changes)
 
 
+def tile_of(kernel: str, capability: tuple[int, int] | None, width: Width, r: int, dropout: bool = False) -> Tile:
+    return configurations.tile_of(kernel, Family.HOPPER, capability, width, r, dropout)
+
+
 def test_tiles() -> None:
-    assert tiles.measured_tile("one_pass", (9, 0), Width.HALF, 8) == Tile(128, 64, 32, 4, 5)
-    assert tiles.measured_tile("one_pass", (9, 0), Width.HALF, 33) == Tile(64, 64, 32, 4, 5)
-    others = [("one_pass", (9, 0), Width.HALF, 65), ("v", (9, 0), Width.HALF, 8), ("one_pass", None, Width.HALF, 8)]
-    others += [("one_pass", (8, 0), Width.HALF, 8), ("one_pass", (9, 0), Width.MIXED, 8)]
-    assert [tiles.measured_tile(*other) for other in others] == [None] * 5
+    assert tile_of("one_pass", (9, 0), Width.HALF, 8) == Tile(128, 64, 32, 4, 5)
+    assert tile_of("one_pass", (9, 0), Width.HALF, 33) == Tile(64, 64, 32, 4, 5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("one_pass", (9, 0), Width.HALF, 65), ("v", (9, 0), Width.HALF, 8), ("one_pass", None, Width.HALF, 8),
+        ("one_pass", (8, 0), Width.HALF, 8), ("one_pass", (9, 0), Width.MIXED, 8),
+        ("one_pass", (9, 0), Width.HALF, 8, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_table_holds_where_nothing_was_measured(other: Any) -> None:
+    """For another rank, kernel, device or width; and with dropout, which takes registers of its own."""
+    kernel, _, *rest = other
+    assert tile_of(*other) == configurations.lookup(kernel, Family.HOPPER, *rest)
+
+
+def test_configurations_name_what_was_measured() -> None:
+    found = [c for c in configurations.configurations() if c.capability is not None]
+    assert [(c.family, c.width, c.max_rank, c.dropout) for c in found] == [
+        (Family.HOPPER, Width.HALF, rank, False) for rank in (16, 64)
+    ]
+    assert {(c.kernel, c.capability, c.triton) for c in found} == {("one_pass", (9, 0), "3.6")}
 
 
 def test_launchers_and_explain_take_them() -> None:
-    half, cpu = torch.empty(1, dtype=BF16), torch.device("cpu")
-    usual = tiles.choose("v", cpu, 16, BF16, half, adapter=half)
+    half = torch.empty(1, dtype=BF16)
+    usual = configurations.choose("v", Width.HALF, 16, half)
     with measured.trial("v", (16, 16, 0, 4, 1)):
-        assert tiles.choose("v", cpu, 16, BF16, half, adapter=half) == Tile(16, 16, 0, 4, 1)
-    assert tiles.choose("v", cpu, 16, BF16, half, adapter=half) == usual
+        assert configurations.choose("v", Width.HALF, 16, half) == Tile(16, 16, 0, 4, 1)
+    assert configurations.choose("v", Width.HALF, 16, half) == usual
     choice = plans.Choice("one_pass", next(iter(plans.BACKWARD)), "")
     assert "one_pass 128×64×32, 4 warps, 5 stages" in plans.configuration(problem(), choice)
 
@@ -119,5 +143,8 @@ def test_committed_table_names_plans_and_kernels_that_exist() -> None:
     for table in committed.values():
         assert table.evidence and all((results / name).exists() for name in table.evidence)
         assert all(name in names[direction] for (direction, _), name in table.plans.items())
-        kernels = {kernel for found in names.values() for each in found.values() for kernel in each.kernels}
-        assert all(kernel in kernels for kernel, _ in table.tiles)
+    kernels = {c.kernel for c in configurations.configurations() if c.capability is None}
+    for table in committed.values():
+        assert all(
+            kernel in kernels and len(by_rank) <= configurations.MOST for (kernel, _), by_rank in table.tiles.items()
+        )

@@ -1,17 +1,16 @@
-"""The choice of tiles, the cutting into slabs, and when the backend says that it can't run."""
+"""Sizes that follow from ranks and dtypes, the cutting into slabs, and when the backend says that it can't run."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
 
 from adalora_kernels.backends import triton as backend
 from adalora_kernels.backends.triton import tiles
-from adalora_kernels.backends.triton.tiles import Family, Width
+from adalora_kernels.backends.triton.tiles import Width
 
 CPU = torch.device("cpu")
 
@@ -23,16 +22,6 @@ def test_rank_padding_and_block(r: int, padding: int, block: int) -> None:
     assert (tiles.rank_padding(r), tiles.rank_block(r)) == (padding, block)
 
 
-def test_every_family_has_every_kernel_up_to_the_largest_rank() -> None:
-    entries = list(tiles.configurations())
-    for family in Family:
-        for width in Width:
-            for kernel in ("one_pass", "delta", "v", "t", "x"):
-                ranks = [c.max_rank for c in entries if (c.family, c.width, c.kernel) == (family, width, kernel)]
-                assert ranks[-1] == tiles.MAX_RANK
-                assert all(a < b for a, b in pairwise(ranks))
-
-
 def test_operand_width() -> None:
     half, single = torch.empty(1, dtype=torch.bfloat16), torch.empty(1)
     assert tiles.operand_width(torch.bfloat16, half, None) is Width.HALF
@@ -40,14 +29,6 @@ def test_operand_width() -> None:
     assert tiles.operand_width(torch.float32, half) is Width.SINGLE
     with pytest.raises(TypeError, match=r"compute_dtype: expected float32, float16 or bfloat16, got torch\.float64"):
         tiles.operand_width(torch.float64, single)
-
-
-def test_fp64_operands_take_no_pipeline() -> None:
-    wide = torch.empty(1, dtype=torch.float64)
-    usual = tiles.choose("v", CPU, 8, torch.float32, torch.empty(1), adapter=torch.empty(1))
-    assert usual.num_stages > 1
-    assert tiles.choose("v", CPU, 8, torch.float32, wide, adapter=torch.empty(1)).num_stages == 1
-    assert tiles.choose("v", CPU, 8, torch.float32, torch.empty(1), adapter=wide).num_stages == 1
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 64, 65, 640, 8192])

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adalora_kernels.backends.triton import tiles
-from adalora_kernels.backends.triton.backward import configurations
+from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.backward.slab_sums import sum_v
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
@@ -132,15 +131,12 @@ def pass_over_g(
     """
     _, lora_E, lora_B, mask, _, scaling, _, compute_dtype = adapter
     (M, N), R, device = grad_y.shape, lora_B.shape[1], grad_y.device
-    rank_padded = tiles.rank_padding(R)
+    rank_padded, width = tiles.rank_padding(R), tiles.operand_width(compute_dtype, grad_y)
     ranks = {"COMPUTE": TRITON_DTYPES[compute_dtype], "RANK_PADDED": rank_padded, "BLOCK_R": tiles.rank_block(R)}
     at_once = need_v and need_t and configurations.largest_rank("g") >= R
     v = t = v_shares = None
     if need_t:
-        if at_once:
-            tile = configurations.choose("g", adapter, grad_y)
-        else:
-            tile = tiles.choose("t", device, R, compute_dtype, grad_y, adapter=lora_B)
+        tile = configurations.choose("g" if at_once else "t", width, R, grad_y, lora_B)
         blocks_n = -(-N // tile.block_n)
         slabs, rows_per_slab = tiles.slabs(M, tile.block_m, blocks_n, device)
         t = torch.empty((slabs, N, rank_padded), dtype=torch.float32, device=device)
@@ -169,7 +165,7 @@ def pass_over_g(
     if v_shares is not None:
         v = sum_v(v_shares, adapter)
     elif need_v:
-        tile = tiles.choose("v", device, R, compute_dtype, grad_y, adapter=lora_B)
+        tile = configurations.choose("v", width, R, grad_y, lora_B)
         v = torch.empty((M, rank_padded), dtype=compute_dtype, device=device)
         launch(
             _svd_linear_backward_v_kernel,

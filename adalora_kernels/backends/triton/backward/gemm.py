@@ -28,13 +28,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from adalora_kernels.backends.triton import tickets, tiles
-from adalora_kernels.backends.triton.backward import configurations
+from adalora_kernels.backends.triton import configurations, tickets, tiles
 from adalora_kernels.backends.triton.descriptors import describable, has_descriptors
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
 from adalora_kernels.backends.triton.tickets import await_published, publish, take_ticket, tile_of
+from adalora_kernels.backends.triton.tiles import Width
 from adalora_kernels.reference.svd_linear import Adapter
 
 _SHARES = 32 << 20  # bytes that the shares of T and dA may take before slabs grow: what stays in the L2 of an H100
@@ -281,7 +281,11 @@ def multiply(
     aligned = all(matrix.dtype == compute_dtype and describable(matrix) for matrix in (grad_y, x, w_rows, dx))
     described = aligned and compute_dtype.itemsize == 2 and has_descriptors(x.device)
     kernel = "one_gemm" if make_v else "dx"
-    tile = configurations.choose(kernel, adapter, grad_y, x, weight, slim=last_dropped >= 0, wide_loads=aligned)
+    width = tiles.operand_width(compute_dtype, grad_y, x, weight)
+    if width is Width.HALF and not aligned:
+        width = Width.MIXED
+    factors = lora_A, lora_B
+    tile = configurations.choose(kernel, width, R, grad_y, x, weight, *factors, dropout=last_dropped >= 0)
     rank_padded = v.shape[1]
     blocks_m, blocks_k = -(-M // tile.block_m), -(-K // tile.block_k)
     programs = tickets.programs(x.device)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adalora_kernels.backends.triton import tiles
+from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded
 from adalora_kernels.backends.triton.stack import Stack, of_member
@@ -118,7 +118,7 @@ def pass_over_x(
         with_da: whether any dA is asked for; otherwise the shares are None.
     """
     (M, K), device, compute_dtype = x.shape, x.device, vs[0].dtype
-    tile = tiles.choose("x", device, stack.total, compute_dtype, x, adapter=factors[0])
+    tile = configurations.choose("group_x", tiles.operand_width(compute_dtype, x), stack.total, x, *factors)
     blocks_k = -(-K // tile.block_k)
     slabs, rows_per_slab = tiles.slabs(M, tile.block_m, blocks_k, device)
     dx = frozen

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adalora_kernels.backends.triton import tiles
+from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import rounded, singular_values, strides
 from adalora_kernels.backends.triton.tickets import arrives_last, workspace
@@ -147,7 +147,7 @@ def sum_v(shares: Tensor, adapter: Adapter) -> Tensor:
     blocks_n, M, rank_padded = shares.shape
     _, lora_E, lora_B, mask, _, scaling, _, compute_dtype = adapter
     R = lora_B.shape[1]
-    tile, rank_block = tiles.FINISH_TILE, tiles.rank_block(R)
+    tile, rank_block = configurations.FINISH, tiles.rank_block(R)
     v = torch.empty((M, rank_padded), dtype=compute_dtype, device=shares.device)
     launch(
         _svd_linear_backward_sum_v_kernel,
@@ -191,7 +191,7 @@ def finish(
     dB = torch.empty((N, R), dtype=lora_B.dtype, device=device) if need_B else None
     if not (need_A or need_E or need_B):
         return dA, dE, dB
-    tile, rank_padded, rank_block = tiles.FINISH_TILE, tiles.rank_padding(R), tiles.rank_block(R)
+    tile, rank_padded, rank_block = configurations.FINISH, tiles.rank_padding(R), tiles.rank_block(R)
     blocks_t = -(-N // tile.block_m) if t is not None else 0
     blocks_a = -(-K // tile.block_m) if need_A else 0
     launch(

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adalora_kernels.backends.triton import tiles
+from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded
@@ -106,7 +106,9 @@ def pass_over_x(
     """
     lora_A, _, _, _, seed, _, dropout_p, compute_dtype = adapter
     (M, K), R, device = x.shape, lora_A.shape[0], x.device
-    tile = tiles.choose("x", device, R, compute_dtype, x, adapter=lora_A)
+    last_dropped, keep_scale = dropout_arguments(dropout_p if seed is not None else 0.0)
+    width = tiles.operand_width(compute_dtype, x)
+    tile = configurations.choose("x", width, R, x, lora_A, dropout=last_dropped >= 0)
     blocks_k = -(-K // tile.block_k)
     slabs, rows_per_slab = tiles.slabs(M, tile.block_m, blocks_k, device)
     dx = None
@@ -117,7 +119,6 @@ def pass_over_x(
             else torch.empty((M, K), dtype=x.dtype, device=device)
         )
     da = torch.empty((slabs, K, v.shape[1]), dtype=torch.float32, device=device) if with_da else None
-    last_dropped, keep_scale = dropout_arguments(dropout_p if seed is not None else 0.0)
     launch(
         _svd_linear_backward_x_kernel,
         (blocks_k, slabs),

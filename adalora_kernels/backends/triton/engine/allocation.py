@@ -173,7 +173,7 @@ def zero_pruned(live: Tensor, lora_E: Sequence[Tensor]) -> None:
     owners, words = _values(lora_E, live)
     total = live.numel()
     if total > 0:
-        grid = (triton.cdiv(total, _BLOCK),)
+        grid = (-(-total // _BLOCK),)
         launch(_zero_pruned_kernel, grid, owners, words, live, total, len(lora_E), **_OPTIONS)
         torch.autograd.graph.increment_version(lora_E)
 

@@ -79,7 +79,7 @@ def items_of(layout: TripletLayout, device: torch.device) -> Items:
             bits_of(1 / k),
             bits_of(1 / n),
         )
-        sums += r * (triton.cdiv(k, cut.piece) + 1 + triton.cdiv(n, cut.slab))
+        sums += r * (-(-k // cut.piece) + 1 + -(-n // cut.slab))
     table = torch.tensor(layers + items, dtype=torch.int64).to(device)
     fours = layout.total_elements % 4 == 0 and all(r % 4 == 0 and k % 4 == 0 for r, k, _ in shapes)
     return Items(table[: len(layers)], table[len(layers) :], len(items) // ITEM_ROW, sums, block_r, fours)

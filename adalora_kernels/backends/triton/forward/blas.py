@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.language.extra.cuda import gdc_wait
 
-from adalora_kernels.backends.triton import tiles
-from adalora_kernels.backends.triton.forward import configurations
+from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.forward.shrink import add_low_rank, has_dependent_launch, shrink
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, rounded, strides
@@ -92,7 +91,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, base: None, adapter:
     tile = configurations.choose("low_rank", tiles.width_of(compute_dtype), R, u, lora_B)
     launch(
         _svd_linear_low_rank_kernel,
-        (triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n)),
+        (-(-M // tile.block_m), -(-N // tile.block_n)),
         bias,
         lora_E,
         lora_B,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adalora_kernels.backends.triton import tiles
+from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
@@ -83,7 +83,7 @@ def _svd_linear_delta_kernel(
 
     scale = singular_values(e_ptr, mask_ptr, stride_er, stride_mask, scaling, r, R)
     u_scaled = rounded(u * scale[None, :], COMPUTE)
-    first = share * columns_per_share
+    first = tl.multiple_of(share * columns_per_share, BLOCK_N)  # or loads of y and B would be narrow
     n = first.to(tl.int64) + tl.arange(0, BLOCK_N)
     y_ptrs = y_ptr + m[:, None] * stride_ym + n[None, :] * stride_yn
     b_ptrs = b_ptr + r_wide[:, None] * stride_br + n[None, :] * stride_bn
@@ -107,7 +107,8 @@ def forward(x: Tensor, weight: None, bias: None, base: Tensor, adapter: Adapter)
     if R == 0 or M == 0:
         return base, u
     last_dropped, keep_scale = dropout_arguments(dropout_p if seed is not None else 0.0)
-    tile = tiles.choose("delta", x.device, R, compute_dtype, x, adapter=lora_A)
+    width = tiles.operand_width(compute_dtype, x)
+    tile = configurations.choose("delta", width, R, x, lora_A, dropout=last_dropped >= 0)
     row_blocks = -(-M // tile.block_m)
     shares, columns_per_share = tiles.slabs(N, tile.block_n, row_blocks, x.device)
     launch(

@@ -24,10 +24,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from adalora_kernels.backends.triton import tiles
+from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.descriptors import describable, has_descriptors
 from adalora_kernels.backends.triton.dropout import dropout_arguments
-from adalora_kernels.backends.triton.forward import configurations
 from adalora_kernels.backends.triton.forward.shrink import add_low_rank, low_rank_rows
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, strides
@@ -308,10 +307,10 @@ def multiply(
     else:
         source = "ahead"
     count = programs(x.device)
-    tile = configurations.choose("gemm", width, R, x, weight, lora_A, lora_B, m=M, n=N, programs=count)
+    tile = configurations.choose("gemm", width, R, x, weight, lora_A, lora_B, dropout=last_dropped >= 0, m=M, n=N)
     x_block, y_block = [tile.block_m, tile.block_k], [tile.block_m, tile.block_n]
     w_block = [tile.block_n, tile.block_k] if k_contiguous else [tile.block_k, tile.block_n]
-    row_blocks, column_blocks = triton.cdiv(M, tile.block_m), triton.cdiv(N, tile.block_n)
+    row_blocks, column_blocks = -(-M // tile.block_m), -(-N // tile.block_n)
     launch(
         _svd_linear_gemm_kernel,
         (min(row_blocks * column_blocks, count),),

@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from adalora_kernels.backends.triton import tiles
+from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.descriptors import describable
-from adalora_kernels.backends.triton.forward import configurations
 from adalora_kernels.backends.triton.forward.shrink import slices_of
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded
@@ -120,7 +119,7 @@ def shrink_stack(
     width = tiles.operand_width(compute_dtype, x)
     if width is Width.HALF and not describable(x):
         width = Width.MIXED
-    tile = configurations.choose("shrink", width, stack.total, x, *factors)
+    tile = configurations.choose("group_shrink", width, stack.total, x, *factors)
     row_blocks = -(-M // tile.block_m)
     slices, columns_per_slice = slices_of(K, tile.block_k, row_blocks, x.device)
     partial = counters = None

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adalora_kernels.backends.triton import tiles
+from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
@@ -117,7 +117,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, base: None, adapter:
     if M == 0:
         return y, u
     last_dropped, keep_scale = dropout_arguments(dropout_p if seed is not None else 0.0)
-    tile = tiles.choose("one_pass", x.device, R, compute_dtype, x, weight, adapter=lora_A)
+    width = tiles.operand_width(compute_dtype, x, weight)
+    tile = configurations.choose("one_pass", width, R, x, weight, lora_A, dropout=last_dropped >= 0)
     launch(
         _svd_linear_one_pass_kernel,
         (-(-M // tile.block_m) * -(-N // tile.block_n),),

@@ -15,10 +15,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from adalora_kernels.backends.triton import tiles
+from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.descriptors import describable, has_descriptors
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
-from adalora_kernels.backends.triton.forward import configurations
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values
 from adalora_kernels.backends.triton.tickets import arrives_last, programs, workspace
@@ -51,7 +50,10 @@ def low_rank_rows(
     BLOCK_R: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """The share of columns first to last of x in a row block of u, fp32 [BLOCK_M, BLOCK_R]; x as in ``gemm``."""
+    """The share of columns first to last of x in a row block of u, fp32 [BLOCK_M, BLOCK_R]; x as in ``gemm``.
+
+    ``first`` is a multiple of BLOCK_K, and so is ``last``, unless it is K.
+    """
     m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
@@ -63,7 +65,7 @@ def low_rank_rows(
         seed = tl.load(seed_ptr)
     u = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(first, last, BLOCK_K):
-        left = last - start
+        left = K - start  # of K, and not of last, is known whether loads may be wide
         if DESCRIPTORS:
             x_tile = x.load([pid_m * BLOCK_M, start])  # [BLOCK_M, BLOCK_K]
         else:
@@ -140,7 +142,7 @@ def _svd_linear_shrink_kernel(
         gdc_launch_dependents()
     pid_m = tl.program_id(0)
     piece = tl.program_id(1)
-    first = piece * columns_per_slice
+    first = tl.multiple_of(piece * columns_per_slice, BLOCK_K)
     u = low_rank_rows(
         x_ptr,
         a_ptr,
@@ -185,8 +187,8 @@ def _svd_linear_shrink_kernel(
 def slices_of(K: int, block_k: int, row_blocks: int, device: torch.device) -> tuple[int, int]:
     """Into how many slices, of how many columns, K is cut: into one where the row blocks fill half the device."""
     wanted = max(1, min(programs(device) // row_blocks, K // (_SHORTEST_SLICE * block_k)))
-    columns = max(1, triton.cdiv(triton.cdiv(K, wanted), block_k)) * block_k
-    return max(1, triton.cdiv(K, columns)), columns
+    columns = max(1, -(-K // (wanted * block_k))) * block_k
+    return max(1, -(-K // columns)), columns
 
 
 def has_dependent_launch(device: torch.device) -> bool:
@@ -212,8 +214,8 @@ def shrink(x: Tensor, adapter: Adapter, lets_next_begin: bool) -> Tensor:
     width = tiles.operand_width(compute_dtype, x)
     if width is Width.HALF and not describable(x):
         width = Width.MIXED
-    tile = configurations.choose("shrink", width, R, x, lora_A)
-    row_blocks = triton.cdiv(M, tile.block_m)
+    tile = configurations.choose("shrink", width, R, x, lora_A, dropout=last_dropped >= 0)
+    row_blocks = -(-M // tile.block_m)
     slices, columns_per_slice = slices_of(K, tile.block_k, row_blocks, x.device)
     partial = counters = None
     if slices > 1:
