@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adalora_kernels.nn import SVDLinear
     from adalora_kernels.ops.explain import explain
     from adalora_kernels.ops.svd_linear import svd_linear
+    from adalora_kernels.ops.svd_linear_group import svd_linear_group
 
 _HOME = {
     "AdaLoraAdamW": "adalora_kernels.allocator",
@@ -37,6 +38,7 @@ _HOME = {
     "recommended_config": "adalora_kernels.integrations.guidance",
     "save_training_state": "adalora_kernels.integrations.checkpoint",
     "svd_linear": "adalora_kernels.ops.svd_linear",
+    "svd_linear_group": "adalora_kernels.ops.svd_linear_group",
     "unpatch_model": "adalora_kernels.integrations.peft",
     "unpatch_peft": "adalora_kernels.integrations.peft",
 }
@@ -73,6 +75,7 @@ __all__ = [
     "reference",
     "save_training_state",
     "svd_linear",
+    "svd_linear_group",
     "unpatch_model",
     "unpatch_peft",
 ]
