@@ -1,0 +1,132 @@
+"""One training with transformers' Trainer: a task's features, a prepared model, and what the run was set to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import is_tensorboard_available
+
+from benchmarks.paper.methods import Prepared, Setting
+from benchmarks.paper.presets import Preset
+from benchmarks.paper.tasks import ANSWERS, REGRESSION, SUMMARIES, Task, answers, sentences, summaries
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+WARMUP_SHARE, WEIGHT_DECAY = 0.06, 0.01
+NOT_RESUMED = ("adalora-peft",)  # PEFT can't load its own checkpoint into a training
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How a run uses what it runs on; nothing of it changes what is computed, but for rounding.
+
+    Attributes:
+        precision: of ``PRECISIONS``.
+        device_batch: rows a device takes at a time; the rest of the preset's batch is accumulated.
+        workers: processes that make tokens.
+        save_steps: optimizer steps from one checkpoint to the next.
+    """
+
+    precision: str = "fp32"
+    device_batch: int = 32
+    workers: int = 1
+    save_steps: int = 500
+
+
+def pretrained(task: Task, source: str | Path) -> nn.Module:
+    """The pretrained model with a head for the task."""
+    if task.kind == SUMMARIES:
+        return AutoModelForSeq2SeqLM.from_pretrained(source)
+    if task.kind == ANSWERS:
+        return AutoModelForQuestionAnswering.from_pretrained(source)
+    problem = {"problem_type": "regression"} if task.kind == REGRESSION else {}
+    return AutoModelForSequenceClassification.from_pretrained(source, num_labels=task.classes, **problem)
+
+
+def features(task: Task, rows: Dataset, tokenizer: Any, preset: Preset, workers: int, training: bool) -> Dataset:
+    """The model's inputs."""
+    if task.kind == SUMMARIES:
+        return summaries.encode(rows, task, tokenizer, preset.length, preset.target_length, workers)
+    if task.kind == ANSWERS:
+        return answers.encode(rows, task, tokenizer, preset.length, preset.overlap, training, workers)
+    return sentences.encode(rows, task, tokenizer, preset.length, workers)
+
+
+def setting(preset: Preset, examples: int) -> Setting:
+    """The method's settings for a training on so many examples.
+
+    The paper's warm-ups are counted in steps of its own data. Where the training is too short for them, both shrink by
+    one factor so that they take half of it.
+    """
+    total = max(1, math.ceil(preset.epochs * math.ceil(examples / preset.batch)))
+    initial, final = preset.initial_warmup, preset.final_warmup
+    if initial + final >= total:
+        factor = total / 2 / (initial + final)
+        initial, final = int(initial * factor), int(final * factor)
+    return Setting(
+        size=preset.size, alpha=preset.alpha, orthogonality=preset.orthogonality, total_steps=total,
+        initial_warmup=initial, final_warmup=final, mask_interval=preset.mask_interval,
+    )  # fmt: skip
+
+
+def trainer(
+    task: Task, prepared: Prepared, tokenizer: Any, training: Dataset, preset: Preset, setting: Setting, seed: int,
+    machine: Machine, folder: Path, resumable: bool,
+) -> Trainer:  # fmt: skip
+    """A Trainer that is ready to train, and to predict.
+
+    Raises:
+        ValueError: a precision that isn't known, or a batch that devices can't share evenly.
+    """
+    if machine.precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {machine.precision!r}")
+    arguments = Seq2SeqTrainingArguments(
+        output_dir=str(folder), seed=seed, max_steps=setting.total_steps, learning_rate=preset.learning_rate,
+        lr_scheduler_type="linear", warmup_steps=int(WARMUP_SHARE * setting.total_steps), weight_decay=WEIGHT_DECAY,
+        bf16=machine.precision == "bf16", fp16=machine.precision == "fp16",
+        per_device_train_batch_size=min(machine.device_batch, preset.batch),
+        per_device_eval_batch_size=machine.device_batch,
+        save_strategy="steps" if resumable else "no", save_steps=machine.save_steps, save_total_limit=1,
+        logging_steps=max(1, setting.total_steps // 50),
+        report_to=["tensorboard"] if is_tensorboard_available() else [],
+        predict_with_generate=task.kind == SUMMARIES, generation_max_length=preset.target_length or None,
+        generation_num_beams=preset.beams or None, dataloader_pin_memory=False,
+    )  # fmt: skip
+    shared = arguments.per_device_train_batch_size * arguments.world_size
+    if preset.batch % shared:
+        raise ValueError(
+            f"device_batch: expected a share of the batch of {preset.batch}, got {shared} over all devices"
+        )
+    arguments.gradient_accumulation_steps = preset.batch // shared
+    kind, collator = (
+        (Seq2SeqTrainer, DataCollatorForSeq2Seq(tokenizer))
+        if task.kind == SUMMARIES
+        else (Trainer, DataCollatorWithPadding(tokenizer))
+    )
+    return kind(
+        model=prepared.model, args=arguments, train_dataset=training, processing_class=tokenizer,
+        data_collator=collator, callbacks=list(prepared.callbacks),
+    )  # fmt: skip
+
+
+def train(run: Trainer, folder: Path) -> None:
+    """Train to the end, from the last checkpoint in ``folder`` where there is one."""
+    run.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+
+
+__all__ = ["NOT_RESUMED", "PRECISIONS", "Machine", "features", "pretrained", "setting", "train", "trainer"]
