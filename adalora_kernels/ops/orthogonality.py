@@ -43,7 +43,8 @@ def orthogonality_loss(
         accumulate: add the gradient to the matrices' ``.grad`` when the backward ends, all at once. Hooks on the
             matrices don't see it. ``torch.autograd.grad`` can't have it: it raises where it asks for the first matrix
             that trains, and goes without it elsewhere, as does ``backward(inputs=...)``. Only where
-            ``can_accumulate``; None means wherever that is so.
+            ``can_accumulate``; None means wherever that is so. Under ``torch.compile`` the term is part of the graph,
+            gradients included, whatever ``accumulate`` and ``backend`` say.
         backend: "reference", "native", "triton", or None for the best that can run.
 
     Returns:
@@ -58,6 +59,8 @@ def orthogonality_loss(
     if weight < 0:
         raise ValueError(f"weight: expected at least 0, got {weight}")
     matrices = (*lora_A, *lora_B)
+    if torch.compiler.is_compiling():
+        return _traced(lora_A, lora_B, float(weight), squared)
     possible = accumulate is not False and can_accumulate(matrices)
     if accumulate and not possible:
         raise ValueError("accumulate: expected distinct leaves without hooks; see can_accumulate")
@@ -69,6 +72,18 @@ def orthogonality_loss(
         return _Orthogonality.apply(term, *lora_A, *lora_B)
     trained = next((m for m in matrices if m.requires_grad), matrices[0])
     return _AccumulatedOrthogonality.apply(term, trained)
+
+
+def _traced(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], weight: float, squared: bool) -> Tensor:
+    """The same as an expression, for the compiler to differentiate and fuse: nothing goes behind autograd's back."""
+    matrices = [*lora_A, *(b.t() for b in lora_B)]
+    dtype = floating_state_dtype(matrices)
+    norms = []
+    for matrix in matrices:
+        rows = matrix.to(dtype)
+        norms.append(torch.linalg.matrix_norm(rows @ rows.t() - torch.eye(len(rows), dtype=dtype, device=rows.device)))
+    stacked = torch.stack(norms)
+    return weight * (stacked.square().sum() if squared else stacked.mean())
 
 
 def can_accumulate(matrices: Iterable[Tensor]) -> bool:
