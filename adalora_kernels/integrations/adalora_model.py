@@ -117,7 +117,8 @@ class FusedAdaLoraModel(AdaLoraModel):
         named = hasattr(outputs, "loss")
         loss = outputs.loss if named else outputs.get("loss") if isinstance(outputs, dict) else None
         if not isinstance(loss, Tensor):
-            self.fused_state.term_missed |= torch.is_grad_enabled()
+            if torch.is_grad_enabled():  # written, not read: a compiler would guard it and compile again
+                self.fused_state.term_missed = True
             return outputs
         # With a token count, transformers' Trainer takes this loss as a share of the step's and doesn't divide it.
         if kwargs.get("num_items_in_batch") is not None and not self._starts_a_step():
@@ -293,6 +294,9 @@ def fuse_model(model: AdaLoraModel, backend: str | Backend | None) -> None:
     state.backend = backend
     if state.allocator is not None:
         state.allocator.backend = model.backend_of("importance")
+    if (trained := model.trained_adapter()) is not None:
+        # Looked up here, or a compiler would guard that they weren't, and compile the second step again.
+        model.adalora_layers(), model._factors(trained[0])
 
 
 def restore_model(model: FusedAdaLoraModel) -> None:
