@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -48,7 +49,8 @@ class Run:
     @property
     def folder(self) -> Path:
         """Where checkpoints, logs and the record lie."""
-        return self.output / self.task.name / f"{self.method}-{self.preset.budget.rstrip('%')}" / f"seed{self.seed}"
+        budget = re.sub(r"[^\w.]+", "", self.preset.budget)
+        return self.output / self.task.name / f"{self.method}-{budget}" / f"seed{self.seed}"
 
     @property
     def record(self) -> dict[str, Any] | None:

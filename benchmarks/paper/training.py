@@ -19,8 +19,8 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
 )
+from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import is_tensorboard_available
 
 from benchmarks.paper.methods import Prepared, Setting
 from benchmarks.paper.presets import Preset
