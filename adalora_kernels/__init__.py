@@ -49,7 +49,14 @@ def __getattr__(name: str) -> Any:
         return import_module("adalora_kernels.reference")
     if name not in _HOME:
         raise AttributeError(f"module 'adalora_kernels' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    try:
+        value = getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        own = str(error.name).startswith("adalora_kernels")
+        if own or not _HOME[name].startswith("adalora_kernels.integrations"):
+            raise
+        missing = error.name or "what Hugging Face's transformers needs"
+        raise ImportError(f"adalora_kernels.{name} needs {missing}: pip install 'adalora-kernels[peft]'") from error
     globals()[name] = value
     return value
 

@@ -13,7 +13,7 @@ from adalora_kernels.allocator.distributed import ShardedState, follow_shards, s
 from adalora_kernels.allocator.fused import FusedImportance
 from adalora_kernels.allocator.schedule import VARIANTS, BudgetSchedule, StepPlan
 from adalora_kernels.allocator.tensorboard import write_scalars
-from adalora_kernels.allocator.triplets import Triplet, find_triplets
+from adalora_kernels.allocator.triplets import Triplet, find_triplets, no_triplets
 from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.reference.importance import REDUCTIONS
 
@@ -154,8 +154,7 @@ class BudgetEngine:
     def _find(self, model: nn.Module) -> list[Triplet]:
         triplets = find_triplets(model, self.adapter)
         if not triplets:
-            wanted = "" if self.adapter is None else f" for adapter {self.adapter!r}"
-            raise ValueError(f"model: expected layers with lora_A, lora_E and lora_B{wanted}, found none")
+            raise no_triplets(model, self.adapter)
         devices = sorted({str(p.device) for t in triplets for p in t.parameters})
         if len(devices) > 1:
             raise ValueError(f"model: expected its adapters on one device, found them on {', '.join(devices)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from adalora_kernels.allocator.triplets import find_triplets
+from adalora_kernels.allocator.triplets import find_triplets, no_triplets
 from adalora_kernels.ops.orthogonality import orthogonality_loss
 from adalora_kernels.ops.shards import are_gathered
 
@@ -27,7 +27,7 @@ def compute_orth_regu(
     """
     triplets = find_triplets(model)
     if not triplets:
-        raise ValueError("model: expected layers with lora_A, lora_E and lora_B, found none")
+        raise no_triplets(model)
     if accumulate and are_gathered(model.get_submodule(t.name) for t in triplets):
         raise ValueError("accumulate: expected False under fully_shard, got True")
     lora_A, lora_B = [t.lora_A for t in triplets], [t.lora_B for t in triplets]

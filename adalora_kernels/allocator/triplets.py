@@ -68,7 +68,12 @@ def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]
         model: any module.
         adapter: with PEFT's names, the adapter to take, matched exactly; None takes those that train or have no rank
             left, or all where none trains.
+
+    Raises:
+        TypeError: not a module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {type(model).__name__}")
     slots: dict[str, Slot] = {
         f"{path}.{key}" if path else key: (module._parameters, key)
         for path, module in model.named_modules(remove_duplicate=False)
@@ -99,9 +104,18 @@ def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]
     return [t for t in found if t.name in trained or not t.lora_E.numel()]
 
 
+def no_triplets(model: nn.Module, adapter: str | None = None) -> ValueError:
+    """What to raise where ``find_triplets`` finds none."""
+    wanted = "" if adapter is None else f" for adapter {adapter!r}"
+    return ValueError(
+        f"model: expected layers with lora_A, lora_E and lora_B{wanted}, found none in {type(model).__name__}; build "
+        "it of adalora_kernels.SVDLinear, or by get_peft_model(model, AdaLoraConfig(...))"
+    )
+
+
 def layout_of(triplets: list[Triplet]) -> TripletLayout:
     """Where these triplets lie in flat averages and scores."""
     return TripletLayout(tuple(t.shape for t in triplets))
 
 
-__all__ = ["Triplet", "find_triplets", "layout_of"]
+__all__ = ["Triplet", "find_triplets", "layout_of", "no_triplets"]

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 try:
     from peft import AdaLoraConfig, PeftModelForSeq2SeqLM
+    from peft.tuners.tuners_utils import BaseTunerLayer
 except ImportError as error:
     raise ImportError("configurations for PEFT need it: pip install 'adalora-kernels[peft]'") from error
 
@@ -80,6 +81,11 @@ def recommended_config(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected the base model, got {type(model).__name__}")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"model: expected the base model, got a {type(model).__name__} with PEFT's layers in it; call this before "
+            "get_peft_model, or give model.unload()"
+        )
     if isinstance(total_step, bool) or not isinstance(total_step, int) or total_step < 4:
         raise ValueError(f"total_step: expected at least 4 optimizer steps, got {total_step!r}")
     layers, heads = _layers_and_heads(model)
@@ -130,7 +136,8 @@ def check_config(config: AdaLoraConfig, patched: bool = False) -> list[str]:
             "task_type=None: PEFT never adds the orthogonality term then; call patch_model, which adds it to any loss, "
             "or set task_type"
         )
-    scale = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / config.init_r
+    # Without a rank there is no increment to scale.
+    scale = config.lora_alpha / config.init_r if config.lora_alpha > 0 and config.init_r > 0 else 1.0
     if not SCALE_RANGE[0] <= scale <= SCALE_RANGE[1]:
         found.append(
             f"lora_alpha / init_r = {config.lora_alpha}/{config.init_r} = {scale:.3g} scales the increment; LoRA's "

@@ -41,7 +41,9 @@ class Driver:
         for name in (self.tuner.__dict__.get("trainable_adapter_name"), *configs):
             if name in configs and not configs[name].inference_mode:
                 return configs[name]
-        raise ValueError("model: expected a trainable AdaLoRA adapter, found only inference adapters")
+        raise ValueError(
+            "model: expected a trainable AdaLoRA adapter, found only inference adapters; load it with is_trainable=True"
+        )
 
     @property
     def total_step(self) -> int | None:
