@@ -21,9 +21,10 @@ from adalora_kernels.allocator import find_triplets
 from adalora_kernels.allocator.triplets import Slot
 from adalora_kernels.allocator.watch import unwatch, watch
 from adalora_kernels.backends.select import Backend, offers, parse
-from adalora_kernels.integrations.exchange import can_be_fused, fuse_layer
+from adalora_kernels.integrations.exchange import fuse_layer
 from adalora_kernels.integrations.load_adapter import follow_load_adapter
 from adalora_kernels.integrations.rank_pattern import Pattern, by_layer, gather, path_key, return_averages
+from adalora_kernels.integrations.siblings import link_siblings
 from adalora_kernels.integrations.tuner_allocator import TunerAllocator
 from adalora_kernels.ops.orthogonality import orthogonality_loss
 from adalora_kernels.ops.shards import are_gathered
@@ -34,7 +35,7 @@ class FusedState:
     """What a fused model holds beyond PEFT's attributes.
 
     Attributes:
-        backend: as given to ``patch_model``.
+        backend, siblings: as given to ``patch_model``.
         hook: adds the orthogonality term where PEFT's forward is bypassed.
         layers: the AdaLoRA layers by path; None where they must be looked up.
         factors: where A and B of adapter ``factors_of`` are kept; None where they must be looked up.
@@ -48,6 +49,7 @@ class FusedState:
     """
 
     backend: str | Backend | None = None
+    siblings: bool | None = None
     hook: RemovableHandle | None = None
     layers: dict[str, AdaLoraLayer] | None = None
     factors: list[tuple[Slot, Slot]] | None = None
@@ -224,12 +226,14 @@ class FusedAdaLoraModel(AdaLoraModel):
         self.fused_state.bound = False
 
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; the layers that it adds are fused as well."""
+        """As PEFT's; the layers that it adds are fused as well, and linked to their siblings."""
+        before = set(self.adalora_layers().values())
         super().inject_adapter(*args, **kwargs)
         self._changed()
-        for layer in self.adalora_layers().values():
-            if can_be_fused(layer):
+        if added := set(self.adalora_layers().values()) - before:
+            for layer in added:
                 fuse_layer(layer, self.fused_state.backend)
+            link_siblings(self.model, self.fused_state.siblings)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's."""
@@ -282,7 +286,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         return resized
 
 
-def fuse_model(model: AdaLoraModel, backend: str | Backend | None) -> None:
+def fuse_model(model: AdaLoraModel, backend: str | Backend | None, siblings: bool | None) -> None:
     """Exchange the class of one AdaLoRA model in place."""
     if type(model) is not FusedAdaLoraModel:
         model.__class__ = FusedAdaLoraModel
@@ -291,7 +295,7 @@ def fuse_model(model: AdaLoraModel, backend: str | Backend | None) -> None:
         if triplets := find_triplets(model.model):
             watch(model, triplets[0].slots[1], "patch_model was called", "base_model.update_and_allocate(step)")
     state = model.fused_state
-    state.backend = backend
+    state.backend, state.siblings = backend, siblings
     if state.allocator is not None:
         state.allocator.backend = model.backend_of("importance")
     if (trained := model.trained_adapter()) is not None:

@@ -11,6 +11,7 @@ from torch import nn
 from adalora_kernels.backends.select import Backend
 from adalora_kernels.integrations.increment import FusedIncrement
 from adalora_kernels.integrations.quantized import QUANTIZED
+from adalora_kernels.integrations.ranknum import freeze_ranknum, release_ranknum
 from adalora_kernels.integrations.svd_layer import FusedSVDLinear
 
 FUSED: dict[type, type[FusedIncrement]] = {SVDLinear: FusedSVDLinear, **QUANTIZED}
@@ -31,28 +32,28 @@ def can_be_fused(module: nn.Module) -> bool:
 def fuse_layer(layer: AdaLoraLayer, backend: str | Backend | None) -> None:
     """Exchange the class of one layer in place, also where accelerate froze PEFT's forward on the instance.
 
-    A layer that is fused already takes the backend.
+    A layer without a fused class keeps its own; its ``ranknum`` is frozen in any case. A layer that is fused already
+    takes the backend.
     """
-    layer.fused_backend = backend
+    freeze_ranknum(layer)
+    if can_be_fused(layer):
+        peft = type(layer)
+        layer.__class__ = FUSED[peft]
+        _rebind(layer, peft, FUSED[peft])
+        for name, ranknum in layer.ranknum.items():
+            if not ranknum.is_meta:
+                layer._rank_constant(name)
     if is_fused(layer):
-        return
-    peft = type(layer)
-    layer.__class__ = FUSED[peft]
-    _rebind(layer, peft, FUSED[peft])
-    layer._thawed_ranknums = [name for name, ranknum in layer.ranknum.items() if ranknum.requires_grad]
-    for name in layer.ranknum:
-        layer.ranknum[name].requires_grad_(False)
-        if not layer.ranknum[name].is_meta:
-            layer._rank_constant(name)
+        layer.fused_backend = backend
 
 
-def restore_layer(layer: FusedIncrement) -> None:
+def restore_layer(layer: AdaLoraLayer) -> None:
     """Undo ``fuse_layer``, and what links the layer to its siblings."""
+    release_ranknum(layer)
+    if not is_fused(layer):
+        return
     if (siblings := layer.__dict__.get("_siblings")) is not None:
         siblings.unlink()
-    for name in layer.__dict__.pop("_thawed_ranknums", ()):
-        if name in layer.ranknum:
-            layer.ranknum[name].requires_grad_(True)
     for attribute in ("fused_backend", "_rank_constants"):
         layer.__dict__.pop(attribute, None)
     fused = type(layer)

@@ -96,11 +96,6 @@ class FusedIncrement(_Module, AdaLoraLayer):
             entry = known[adapter] = (ranknum, version, float(ranknum.detach()))
         return float(entry[2])
 
-    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, with ``ranknum`` frozen: PEFT ≥ 0.21 makes it trainable over a 16-bit base."""
-        super().update_layer(adapter_name, *args, **kwargs)
-        self.ranknum[adapter_name].requires_grad_(False)
-
     def _weight_to_read(self) -> tuple[Tensor | None, str]:
         """The frozen weight [N, K] that is read in the same call as the increment, or None and why it isn't."""
         return None, f"the base is a {type(self._modules['base_layer']).__name__}"

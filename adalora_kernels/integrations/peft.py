@@ -23,6 +23,7 @@ from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.integrations.adalora_model import FusedAdaLoraModel, fuse_model, restore_model
 from adalora_kernels.integrations.exchange import can_be_fused, fuse_layer, is_fused, restore_layer
 from adalora_kernels.integrations.guidance import check_config
+from adalora_kernels.integrations.ranknum import is_frozen
 from adalora_kernels.integrations.siblings import link_siblings
 
 MINIMUM_PEFT = "0.18.0"
@@ -72,20 +73,19 @@ def patch_model(peft_model: Model, backend: str | Backend | None = None, *, sibl
         In each case the model is as it was.
     """
     layers, tuners = _find(peft_model)
-    svd_layers = [layer for layer in layers.values() if can_be_fused(layer) or is_fused(layer)]
     if parse(backend) is not None:
-        for layer in svd_layers:
+        for layer in layers.values():
             for factor in layer.lora_A.values():
                 select("svd_linear", factor.device.type, factor.dtype, factor.shape[0], backend)
     for config in (config for tuner in tuners for config in tuner.peft_config.values()):
         if not config.inference_mode:
             check_config(config, patched=True)
-    fresh: list[nn.Module] = [m for m in (*svd_layers, *tuners) if can_be_fused(m) or type(m) is AdaLoraModel]
+    fresh: list[nn.Module] = [m for m in (*layers.values(), *tuners) if not _is_patched(m)]
     try:
-        for layer in svd_layers:
+        for layer in layers.values():
             fuse_layer(layer, backend)
         for tuner in tuners:
-            fuse_model(tuner, backend)
+            fuse_model(tuner, backend, siblings)
         link_siblings(peft_model, siblings)
     except BaseException:
         for module in fresh:
@@ -138,8 +138,7 @@ _peft_create_new_module = AdaLoraModel._create_new_module
 
 def _create_fused_module(*args: Any, **kwargs: Any) -> nn.Module:
     module: nn.Module = _peft_create_new_module(*args, **kwargs)
-    if can_be_fused(module):
-        fuse_layer(module, None)
+    fuse_layer(module, None)
     return module
 
 
@@ -159,8 +158,12 @@ def _find(model: nn.Module) -> tuple[dict[str, AdaLoraLayer], list[AdaLoraModel]
     return layers, [m for m in modules.values() if type(m) in (AdaLoraModel, FusedAdaLoraModel)]
 
 
+def _is_patched(module: nn.Module) -> bool:
+    return is_frozen(module) if isinstance(module, AdaLoraLayer) else type(module) is FusedAdaLoraModel
+
+
 def _restore(module: nn.Module) -> None:
-    if is_fused(module):
+    if isinstance(module, AdaLoraLayer):
         restore_layer(module)
     elif type(module) is FusedAdaLoraModel:
         restore_model(module)

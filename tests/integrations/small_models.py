@@ -137,7 +137,7 @@ def build(
     autocast_adapter_dtype: bool = True,
     **settings: Any,
 ) -> PeftModel:
-    """A small random model under AdaLoRA with E ≠ 0, in training mode."""  # fmt: skip
+    """A small random model under AdaLoRA with E ≠ 0 and ranknum frozen, in training mode."""
     torch.manual_seed(seed)
     model, task_type, targets = _BUILDERS[architecture](layers)
     options = {"init_r": 6, "target_r": 3, "lora_alpha": 12, "tinit": 2, "tfinal": 4, "deltaT": 2, "total_step": 20,
@@ -152,6 +152,8 @@ def build(
     for name, parameter in peft_model.named_parameters():
         if "lora_E" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+        if "ranknum" in name:
+            parameter.requires_grad_(False)  # PEFT 0.21 lets it drift over bases that are not in fp32
     return peft_model.train()
 
 
