@@ -86,7 +86,7 @@ def test_bases_offloaded_to_disk(tmp_path: Path, fused_calls: list[str]) -> None
     patch_model(models[2])
     losses = [train(model, 4) for model in models]
     assert losses[1] == losses[0]
-    assert losses[2] == pytest.approx(losses[0], rel=1e-9)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-6)  # transformers' losses are in fp32
     assert set(fused_calls) == {"svd_linear_into"}
     assert len(fused_calls) == 4 * len(_layers(models[2]))
     assert models[2].peft_config["default"].rank_pattern == plain.peft_config["default"].rank_pattern
