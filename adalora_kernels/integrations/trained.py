@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from typing import Any
 
 from peft import AdaLoraConfig, PeftModel, get_peft_model_state_dict
@@ -56,7 +57,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """The base model without its adapters. Tensors are shared with ``model``, parameters and modules are new.
+    """The base model without its adapters. Its tensors are those of ``model``, its modules are new.
 
     Raises:
         ValueError: an adapter is merged into the weights.
@@ -64,9 +65,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     if isinstance(model, PeftModel):
         model = model.get_base_model()
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    for parameter in model.parameters():
-        memo[id(parameter)] = _shared(parameter)
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     # Copies that are known beforehand are what deepcopy puts in their place.
     for path, module in model.named_modules():
         if getattr(module, "merged", False) and isinstance(module, AdaLoraLayer | SVDLinear):
@@ -157,12 +156,6 @@ def _factors(path: str, parameters: list[Any], c: float, kernel: tuple[int, ...]
     if not all(bool(t.isfinite().all()) for t in (A, E, B)):
         raise ValueError(f"model: expected finite numbers, {path} holds others; take an earlier checkpoint")
     return Factors(A, E, B, c, kernel)
-
-
-def _shared(parameter: nn.Parameter) -> nn.Parameter:
-    if type(parameter) is not nn.Parameter:
-        return parameter  # a quantised weight; its class keeps more than the data
-    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
 
 
 def _linear(layer: SVDLinear, memo: dict[int, Any]) -> nn.Module:
