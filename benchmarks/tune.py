@@ -32,6 +32,8 @@ SHAPES = ((768, 3072), (4096, 4096))
 TOKENS = 8192
 BLOCKS, WARPS, STAGES = (16, 32, 64, 128, 256), (4, 8), (1, 2, 3, 4, 5)
 GAIN = 1.01  # less is noise
+# Kernels of layers that read the same x, with the plan whose place they take.
+STACKED = (("group_shrink", "forward", "shrink_tail"), ("group_x", "backward", "blas"))
 
 
 def main() -> int:
@@ -83,8 +85,8 @@ def main() -> int:
 
 
 def kernels(machine: Machine) -> Iterator[dict[str, Any]]:
-    """Every kernel with a tile, by the plan that it is timed in, and each rank that the plan can run."""
-    from adalora_kernels.backends.triton import plans
+    """Every kernel with a tile, by the plan that it is timed in, and each rank, or a stack's, that the plan can run."""
+    from adalora_kernels.backends.triton import MAX_RANK, plans
     from adalora_kernels.backends.triton.launched import launches
     from benchmarks.gpu.layers import Case, layers, problem
 
@@ -98,6 +100,9 @@ def kernels(machine: Machine) -> Iterator[dict[str, Any]]:
                     if (kernel, rank) not in seen and launches(kernel, able):
                         seen.add((kernel, rank))
                         yield {"kernel": kernel, "direction": direction, "plan": plan.name, "rank": rank}
+        if 2 * rank <= MAX_RANK:  # a stack of two layers
+            for kernel, direction, name in STACKED:
+                yield {"kernel": kernel, "direction": direction, "plan": name, "rank": 2 * rank}
 
 
 def tuned(case: dict[str, Any], machine: Machine) -> dict[str, Any]:
@@ -152,6 +157,8 @@ def call_of(case: dict[str, Any], problem: Case) -> Callable[[Layer], tuple[Tens
     from adalora_kernels.backends.triton import plans, rank_padding
     from benchmarks.gpu.layers import adapter_of
 
+    if case["kernel"].startswith("group_"):
+        return stack_of(case, problem)
     launcher = plans.launcher(case["direction"], case["plan"])
 
     def call(layer: Layer) -> tuple[Tensor | None, ...]:
@@ -161,6 +168,34 @@ def call_of(case: dict[str, Any], problem: Case) -> Callable[[Layer], tuple[Tens
                 return launcher(layer.x, layer.weight, layer.bias, None, adapter)
             u = layer.x.new_ones(problem.M, rank_padding(problem.R))
             return launcher(layer.grad_y, layer.x, u, layer.weight, adapter, (True,) * 4)
+
+    return call
+
+
+def stack_of(case: dict[str, Any], problem: Case) -> Callable[[Layer], tuple[Tensor | None, ...]]:
+    """Likewise of two layers with one x and one W, and half of the triplets each."""
+    import torch
+
+    from adalora_kernels.backends.triton import group, rank_padding
+    from adalora_kernels.reference.svd_linear_group import Member
+    from benchmarks.gpu.layers import adapter_of
+
+    half = problem.R // 2
+
+    def call(layer: Layer) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            whole = adapter_of(problem, layer)
+            members = []
+            for own in (slice(half), slice(half, None)):
+                a, e, b = whole.lora_A[own], whole.lora_E[own], whole.lora_B[:, own]
+                members.append(Member(layer.weight, layer.bias, whole._replace(lora_A=a, lora_E=e, lora_B=b)))
+            if case["direction"] == "forward":
+                made = group.forward(layer.x, members, case["plan"])
+                return tuple(tensor for pair in made for tensor in pair)
+            us = [layer.x.new_ones(problem.M, rank_padding(half))] * 2
+            grads, needs = [layer.grad_y] * 2, [(True,) * 3] * 2
+            dx, found = group.backward(grads, layer.x, us, members, True, needs, f"/{case['plan']}")
+            return (dx, *(gradient for of_member in found for gradient in of_member))
 
     return call
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from benchmarks.gpu.checks import Check
+    from benchmarks.gpu.groups import GroupCase
     from benchmarks.gpu.machine import Machine
 
 ROOT = Path(__file__).parents[2]
@@ -71,16 +72,16 @@ def main() -> int:
 
 def core(machine: Machine, deadline: float) -> int:
     """Checks, the core set, the host's time; then the record and the bounds."""
-    from benchmarks.gpu import checks, children, graphed, host, records
+    from benchmarks.gpu import checks, children, graphed, groups, host, records
     from benchmarks.gpu.layers import Case
     from benchmarks.gpu.questions import ceilings
-    from benchmarks.gpu.rows import RANK, Row, rows
+    from benchmarks.gpu.rows import RANK, Row, group_rows, rows
     from benchmarks.gpu.timed import measure
 
     print(extension())
     content: dict[str, Any] = {"environment": machine.environment(), "records": [], "left_out": []}
     sanitizer = children.under_the_sanitizer(machine, "memcheck", timeout=120)
-    public = chain(checks.public_call(machine), graphed.whole_steps(machine))
+    public = chain(checks.public_call(machine), groups.checks(machine), graphed.whole_steps(machine))
     seen = list(announced(chain(children.parity(machine), public, sanitizer)))
     content["checks"] = [check.record() for check in seen if check.outcome != "holds"]
     content["checks_held"] = sum(check.outcome == "holds" for check in seen)
@@ -100,7 +101,15 @@ def core(machine: Machine, deadline: float) -> int:
         compiled = (case.M, case.adapter) == (tokens[0], "bfloat16") and (machine.dry or (case.K, case.N) in COMPILED)
         content["records"] += measure(case, machine, compiled)
         print("\n".join(shown(record) for record in content["records"][-2:]), flush=True)
-    found = list(rows(content["records"]))
+    content["groups"] = []
+    for group in group_cases(machine, tokens[:1]):
+        if time.monotonic() > deadline:
+            content["left_out"].append(group.record())
+            print(f"left out, for want of time: {group}")
+            continue
+        content["groups"] += groups.measure(group, machine)
+        print("\n".join(shown(record) for record in content["groups"][-2:]), flush=True)
+    found = list(rows(content["records"])) + list(group_rows(content["groups"]))
     found.append(Row("host time of an eager layer: ours / PEFT LoRA", content["host"]["ours_over_lora"], 1))
     content["rows"] = [row.record() for row in found]
     path = machine.results / f"{machine.name}.json"
@@ -110,6 +119,15 @@ def core(machine: Machine, deadline: float) -> int:
         print("A dry run: no figure above means anything.")
         return 0
     return 0 if all(row.holds for row in found) and not content["left_out"] else 1
+
+
+def group_cases(machine: Machine, tokens: Iterable[int]) -> list[GroupCase]:
+    """Each group of layers at each number of tokens, at the rank of the core set."""
+    from benchmarks.gpu import groups
+    from benchmarks.gpu.rows import RANK
+
+    shapes = groups.DRY_SHAPES if machine.dry else groups.SHAPES
+    return [groups.GroupCase(k, ns, m, RANK, "bfloat16") for k, ns in shapes for m in tokens]
 
 
 def parity(machine: Machine, index: int | None) -> int:
@@ -127,13 +145,14 @@ def parity(machine: Machine, index: int | None) -> int:
 
 def questions(machine: Machine, deadline: float) -> int:
     """What decides between designs, written to a file of its own."""
-    from benchmarks.gpu import records
+    from benchmarks.gpu import groups, records
     from benchmarks.gpu.questions import questions as asked
 
     shapes, tokens = (DRY_SHAPES, DRY_TOKENS) if machine.dry else (SHAPES, SWEEP_TOKENS)
     content: dict[str, Any] = {"environment": machine.environment(), "records": [], "complete": True}
     path = machine.results / f"{machine.name}-questions.json"
-    for record in asked(machine, shapes, tokens):
+    siblings = (record for case in group_cases(machine, tokens) for record in groups.measure(case, machine))
+    for record in chain(asked(machine, shapes, tokens), siblings):
         content["records"].append(record)
         print(shown(record), flush=True)
         if time.monotonic() > deadline:

@@ -303,4 +303,6 @@ def public_call(machine: Machine) -> Iterator[Check]:
         yield from check(shape, machine)
 
 
-__all__ = ["SMALL", "Check", "judged", "parity", "public_call", "shapes", "sync_is_an_error"]
+__all__ = [
+    "SMALL", "Check", "assert_repeats", "judged", "parity", "poisoned", "public_call", "shapes", "sync_is_an_error"
+]  # fmt: skip

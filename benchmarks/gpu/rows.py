@@ -74,4 +74,12 @@ def rows(records: list[dict[str, Any]]) -> Iterator[Row]:
             yield Row(f"{name}: PEFT / ours", ratios[PEFT] / ratios[OURS], bound, at_least=True)
 
 
-__all__ = ["RANK", "TOKENS", "Row", "rows"]
+def group_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
+    """A group must not be slower than its layers one by one."""
+    for record in records:
+        case, ratios = record["case"], record["ratio_to_frozen"]
+        name = f"{record['direction']}, {case['K']}x{'+'.join(map(str, case['N']))}, one group"
+        yield Row(f"{name}: ours / one by one", ratios[OURS] / ratios["one by one"], _NOISE)
+
+
+__all__ = ["RANK", "TOKENS", "Row", "group_rows", "rows"]

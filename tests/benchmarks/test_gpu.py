@@ -37,6 +37,11 @@ def test_core(tmp_path: Path) -> None:
     assert {record["direction"] for record in content["records"]} == {"forward", "forward + backward"}
     timed = set(content["records"][0]["microseconds"])
     assert {"frozen", "addmm_", "peft", "peft, torch.compile", "ours", "triton:one_pass"} <= timed
+    assert {record["direction"] for record in content["groups"]} == {"forward", "forward + backward"}
+    assert {"frozen", "peft", "one by one", "ours", "triton:shrink_tail/blas"} == set(
+        content["groups"][0]["microseconds"]
+    )
+    assert any(row["name"].endswith("one group: ours / one by one") for row in content["rows"])
     assert content["rows"] and "no figure above means anything" in done.stdout
 
 
@@ -50,7 +55,7 @@ def test_parts(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     asked = {record["benchmark"] for record in json.loads((tmp_path / "dry-questions.json").read_text())["records"]}
     assert asked == {
-        "ceilings", "host time of a launch", "plain product", "accumulation", "backward passes"
+        "ceilings", "host time of a launch", "plain product", "accumulation", "backward passes", "group"
     }  # fmt: skip
 
 

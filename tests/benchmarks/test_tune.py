@@ -25,7 +25,9 @@ def test_dry_run(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     held = json.loads((tmp_path / "dry-tuning.json").read_text())
-    assert {"one_pass", "gemm", "one_gemm", "x"} <= {record["case"]["kernel"] for record in held["records"]}
+    assert {"one_pass", "gemm", "one_gemm", "x", "group_shrink", "group_x"} <= {
+        record["case"]["kernel"] for record in held["records"]
+    }
     assert all(len(record["candidates"]) >= 2 for record in held["records"])
     assert any(c["microseconds"] for record in held["records"] for c in record["candidates"][1:])
     ((key, table),) = measured.read(json.loads((tmp_path / "measured.json").read_text())).items()

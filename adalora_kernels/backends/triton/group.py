@@ -17,7 +17,7 @@ from functools import cache, partial
 from torch import Tensor
 
 from adalora_kernels.backends import triton as layer
-from adalora_kernels.backends.triton import costs, plans
+from adalora_kernels.backends.triton import costs, launched, plans
 from adalora_kernels.backends.triton.backward.frozen import frozen_gradients, has_low_rank
 from adalora_kernels.backends.triton.backward.g_pass import pass_over_g
 from adalora_kernels.backends.triton.backward.group import pass_over_x
@@ -81,6 +81,30 @@ def shares_passes(
     problems = _ranked(tuple(problem_of(x, m.weight, m.adapter, need_x) for m in members))
     pays = _backward_pays if need_gradients else _forward_pays
     return bool(found) and (_forward_pays(problems, len(found), plan) or pays(problems, len(found), plan))
+
+
+def explain(x: Tensor, members: Sequence[Member], need_x: bool = True, plan: str | None = None) -> tuple[str, str, str]:
+    """Plan, configuration and reason of a group's call, forward/backward: "stack", or "one by one" as each explains.
+
+    Errors as in ``forward``.
+    """
+    found = _stacks(members)
+    problems = tuple(problem_of(x, m.weight, m.adapter, need_x) for m in members)
+    names, tiles, reasons = [], [], []
+    for direction, kernel, pays in (
+        ("forward", "group_shrink", _forward_pays),
+        ("backward", "group_x", _backward_pays),
+    ):
+        stacked = bool(found) and pays(_ranked(problems), len(found), plan)
+        names.append("stack" if stacked else "one by one")
+        if stacked:
+            tiles += [f"{kernel} {launched.tile(kernel, problems[0]._replace(rank=s.total))}" for s in found]
+            reasons.append(f"{direction}: {len(found)} passes over x for {sum(len(s.members) for s in found)} layers")
+        elif found:
+            reasons.append(f"{direction}: layers' own plans were asked for, or take less time by calculation")
+        else:
+            reasons.append(f"{direction}: no stack spares a pass (dropout, ranks, layouts or dtypes of A)")
+    return "/".join(names), "; ".join(tiles), "; ".join(reasons)
 
 
 def _stacks(members: Sequence[Member]) -> list[Stack]:
@@ -179,4 +203,4 @@ def _stacked_backward(
     return None if dx is None else dx.to(x.dtype), gradients
 
 
-__all__ = ["backward", "forward", "shares_passes"]
+__all__ = ["backward", "explain", "forward", "shares_passes"]

@@ -13,6 +13,7 @@ from adalora_kernels.backends.triton.problem import Problem
 from adalora_kernels.backends.triton.tiles import Tile, Width
 
 _G_PASS = ("g", "t", "v")
+_STACKED = ("group_shrink", "group_x")  # of a stack, which drops nothing
 _DROPS = ("one_pass", "gemm", "shrink", "delta", "one_gemm", "dx", "x")  # elements, where the call has dropout
 _PRODUCTS = ("gemm", "one_gemm", "dx")
 
@@ -27,10 +28,10 @@ def launches(kernel: str, p: Problem) -> bool:
 
 
 def tile(kernel: str, p: Problem) -> Tile:
-    """The tile of a kernel that is launched."""
+    """The tile of a kernel that is launched; of a stack's, the problem's rank is the stack's."""
     operands = [dtype for dtype in _operands(kernel, p) if dtype is not None]
     width = tiles.width_of(p.compute_dtype, *operands)
-    narrow_rows = (kernel in _PRODUCTS and not p.aligned) or (kernel == "shrink" and p.in_features % 8 > 0)
+    narrow_rows = (kernel in _PRODUCTS and not p.aligned) or (kernel.endswith("shrink") and p.in_features % 8 > 0)
     if width is Width.HALF and narrow_rows:
         width = Width.MIXED
     wide = any(dtype.itemsize > 4 for dtype in (*operands, p.adapter_dtype))
@@ -41,7 +42,7 @@ def tile(kernel: str, p: Problem) -> Tile:
 
 def _operands(kernel: str, p: Problem) -> tuple[torch.dtype | None, ...]:
     """The large matrices that a kernel loads, g and y aside."""
-    if kernel in ("delta", "shrink", "x"):
+    if kernel in ("delta", "shrink", "x", *_STACKED):
         return (p.x_dtype,)
     return () if kernel in (*_G_PASS, "low_rank") else (p.x_dtype, p.weight_dtype)
 
