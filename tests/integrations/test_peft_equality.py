@@ -132,11 +132,17 @@ def test_several_active_adapters() -> None:
         torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_one_token_decoding() -> None:
-    theirs, ours = twins(build("llama").eval())
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_one_token_decoding(architecture: str) -> None:
+    """With a cache: after the first, each call of a layer reads one token."""
+    theirs, ours = twins(build(architecture).eval())
     tokens = batch(ours)["input_ids"][:1]
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    lengths: list[int] = []
+    layer = next(m for m in ours.modules() if isinstance(m, FusedSVDLinear))
+    layer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     assert torch.equal(ours.generate(input_ids=tokens, **options), theirs.generate(input_ids=tokens, **options))
+    assert lengths == [tokens.shape[1], 1, 1, 1, 1]
 
 
 def test_a_base_with_hooks_is_called() -> None:
