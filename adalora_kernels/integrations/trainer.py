@@ -75,6 +75,8 @@ class AdaLoraCallback(TrainerCallback):
                 file in the checkpoint.
         """
         self._come_first()
+        if self._driver is not None:  # of a training that didn't end
+            self._driver.end()
         driver = self._driver = driver_for(kwargs["model"], self.allocator)
         if self.total_step is not None:
             driver.set_total_step(state.max_steps if self.total_step == "auto" else self.total_step)
@@ -116,6 +118,13 @@ class AdaLoraCallback(TrainerCallback):
         skipped = bool(getattr(kwargs.get("optimizer"), "step_was_skipped", False))
         self._driver.step(kwargs["model"], state.global_step, skipped)
         self._last_step = state.global_step
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The optimizer's steps are its own again."""
+        if self._driver is not None:
+            self._driver.end()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the allocator's state into the checkpoint that was just written."""

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from adalora_kernels.allocator import RankAllocator, compute_orth_regu
+from adalora_kernels.allocator import Attachment, RankAllocator, compute_orth_regu
+from adalora_kernels.allocator.attach import innermost
 from adalora_kernels.allocator.zero import zero_optimizer
 from adalora_kernels.integrations.checkpoint import (
     STATE_FILE,
@@ -63,6 +64,9 @@ class Driver:
     def begin(self, optimizer: Any, args: TrainingArguments, state: TrainerState) -> None:
         """Training begins, or goes on from a checkpoint whose weights and moments are loaded."""
 
+    def end(self) -> None:
+        """Training has ended."""
+
     def before_step(self, optimizer: Any, global_step: int) -> None:
         """The optimizer is about to make step ``global_step``, counted from 0."""
 
@@ -93,6 +97,7 @@ class AllocatorDriver(Driver):
     def __init__(self, allocator: RankAllocator) -> None:
         self._allocator = allocator
         self._engine_steps = False
+        self._attachment: Attachment | None = None
 
     @property
     def allocator(self) -> RankAllocator:
@@ -110,14 +115,29 @@ class AllocatorDriver(Driver):
         self.allocator.set_total_step(total_step)
 
     def begin(self, optimizer: Any, args: TrainingArguments, state: TrainerState) -> None:
-        """Take up the training state, and listen to DeepSpeed's engine, which steps within accelerate's backward."""
+        """Take up the training state, and attach where the Trainer's events come too late or know too little.
+
+        DeepSpeed's engine steps within accelerate's backward. Of an overflow step with a GradScaler a fused optimizer
+        tells nobody but the step's own hooks, since to know it would wait for the device.
+        """
         self._engine_steps = (
             zero_optimizer(optimizer) is not None or type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"
         )
         if state.global_step > 0:
             self.resume(args, state)
-        if self._engine_steps and not self.allocator.attached:
-            self.allocator.attach(optimizer, step=lambda: state.global_step)
+        scaled = getattr(optimizer, "scaler", None) is not None and not hasattr(innermost(optimizer), "allocator")
+        if (self._engine_steps or scaled) and not self.allocator.attached:
+            self._attachment = self.allocator.attach(optimizer, step=lambda: state.global_step)
+
+    def end(self) -> None:
+        """As ``Driver``'s."""
+        if self._attachment is not None:
+            self._attachment.detach()
+        self._attachment = None
+
+    @property
+    def _steps_elsewhere(self) -> bool:
+        return self._engine_steps or self._attachment is not None
 
     def resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Find the file beside the weights that were loaded: the Trainer doesn't say where it took them from."""
@@ -138,7 +158,7 @@ class AllocatorDriver(Driver):
 
     def before_step(self, optimizer: Any, global_step: int) -> None:
         """Tell the allocator the Trainer's count; variant "paper" is attached, since it scores before the step."""
-        if self._engine_steps:
+        if self._steps_elsewhere:
             return
         self.allocator.expect(global_step)
         if self.allocator.pre_step and not self.allocator.attached:
@@ -146,7 +166,7 @@ class AllocatorDriver(Driver):
 
     def step(self, model: nn.Module, global_step: int, skipped: bool) -> None:
         """As ``Driver``'s, unless an attached optimizer has done so in its step."""
-        if not (skipped or self._engine_steps):
+        if not (skipped or self._steps_elsewhere):
             self.allocator.advance(model, global_step)
 
     def save(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -187,6 +207,7 @@ class PatchedDriver(AllocatorDriver):
     def __init__(self, tuner: Any) -> None:
         self.tuner = tuner
         self._engine_steps = False
+        self._attachment: Attachment | None = None
 
     @property
     def allocator(self) -> RankAllocator:
@@ -206,7 +227,7 @@ class PatchedDriver(AllocatorDriver):
     def step(self, model: nn.Module, global_step: int, skipped: bool) -> None:
         """As ``AllocatorDriver``'s."""
         allocator = self.allocator
-        if not (skipped or self._engine_steps) and allocator.next_step != global_step + 1:
+        if not (skipped or self._steps_elsewhere) and allocator.next_step != global_step + 1:
             allocator.expect(global_step)
             self.tuner.update_and_allocate(global_step)
             allocator.note(global_step, (allocator.schedule.budget(global_step), None))

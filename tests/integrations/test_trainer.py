@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from adalora_kernels.allocator import RankAllocator
+from adalora_kernels.allocator import RankAllocator, compute_orth_regu
+from adalora_kernels.integrations.checkpoint import STATE_FILE
 from adalora_kernels.integrations.peft import patch_model
 from adalora_kernels.integrations.trainer import AdaLoraCallback
 from adalora_kernels.nn import SVDLinear
@@ -128,18 +132,99 @@ def test_a_schedule_of_another_length_is_warned_about_once(total_step: int | Non
     assert model.peft_config["default"].total_step == (total_step or 500)
 
 
-def test_attached_first_its_figures_reach_every_callback(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["callbacks", "add_callback", "attach"])
+def test_its_figures_reach_reporters(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the Trainer puts before a user's callbacks."""
     seen: list[dict[str, float]] = []
 
     class Reporter(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             seen.append(dict(logs))
 
-    trainer = _trainer(patch_model(build("llama")), tmp_path, [Reporter()])
-    AdaLoraCallback().attach(trainer)
+    monkeypatch.setattr("transformers.trainer.get_reporting_integration_callbacks", lambda names: [Reporter])
+    callback = AdaLoraCallback(layer_ranks=True)
+    model = patch_model(build("llama", layers=1))
+    trainer = _trainer(model, tmp_path, [callback] if how == "callbacks" else [])
+    if how == "add_callback":
+        trainer.add_callback(callback)
+    elif how == "attach":
+        callback.attach(trainer)
     trainer.train()
-    assert "adalora/live_rank" in seen[0] and "adalora/orthogonality" in seen[0]
+    figures = {"live_rank", "budget", "orthogonality"}
+    assert figures < {key.removeprefix("adalora/") for key in seen[0]} and "adalora/threshold" in seen[-2]
+    ranks = {key.removeprefix("adalora/rank/"): rank for key, rank in seen[-2].items() if "/rank/" in key}
+    assert ranks == model.base_model.rank_allocator().live_ranks() and sum(ranks.values()) == 3 * len(ranks)
     assert not any(key.startswith("adalora/") for key in seen[-1])  # the summary of the run
+    assert sum(c is callback for c in trainer.callback_handler.callbacks) == 1
+    assert [type(c).__name__ for c in trainer.callback_handler.callbacks[1:3]] == ["DefaultFlowCallback", "Reporter"]
+
+
+def _with_scaler(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What accelerate does for fp16 on a GPU, without autocast: a power of 2 changes no digit."""
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    trainer.accelerator.native_amp = True
+    monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda self: "fp16"))
+    disabled = torch.autocast("cpu", enabled=False)
+    monkeypatch.setattr("accelerate.accelerator.get_mixed_precision_context_manager", lambda *_: disabled)
+
+
+@pytest.mark.filterwarnings("ignore:AdaLoRA's schedule")
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_under_a_grad_scaler(clip: float, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for scaled in (False, True):
+        model = patch_model(build("llama", layers=1, total_step=STEPS))
+        options = {"max_grad_norm": clip, "optim": optimizer, "max_steps": 12}
+        trainer = _trainer(model, tmp_path, [AdaLoraCallback(total_step=None)], logging_steps=1, **options)
+        if scaled:
+            _with_scaler(trainer, monkeypatch)
+        trainer.train()
+        records = [record for record in trainer.state.log_history if "loss" in record]
+        importance = model.base_model.rank_allocator().importance
+        runs.append((records, [*adapter_parameters(model).values(), *importance.current(), importance.scores]))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
+def test_an_overflow_step_of_a_grad_scaler(optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a parameter that is no adapter: every adapter's gradient is finite."""
+    model = patch_model(build("llama", layers=1, total_step=STEPS, modules_to_save=["lm_head"]))
+    states: list[tuple[Tensor, ...]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            importance = model.base_model.rank_allocator().importance
+            held = [p.detach().clone() for p in adapter_parameters(model).values()]
+            states.append((*held, *importance.current(), importance.live.clone()))
+
+    trainer = _trainer(model, tmp_path, [AdaLoraCallback(), Watch()], gradient_accumulation_steps=1, optim=optimizer)
+    _with_scaler(trainer, monkeypatch)
+    head = model.get_base_model().lm_head.modules_to_save["default"].weight
+    head.register_hook(lambda grad: grad * torch.inf if len(states) in (7, 8) else grad)
+    trainer.train()
+    same = [all(map(torch.equal, before, after)) for before, after in pairwise(states[:16])]
+    assert [step + 1 for step, unchanged in enumerate(same) if unchanged] == [7, 8]
+    allocator = model.base_model.rank_allocator()
+    assert (
+        allocator.next_step == STEPS
+        and not allocator.attached
+        and sum(allocator.live_ranks().values()) == 3 * len(allocator.triplets)
+    )
+
+
+def test_resume_without_the_file_warns_once(tmp_path: Path) -> None:
+    """As from a checkpoint that another program wrote."""
+    _trainer(patch_model(build("llama", layers=1)), tmp_path, [AdaLoraCallback()], save_strategy="steps",
+             save_steps=10).train()  # fmt: skip
+    (tmp_path / "checkpoint-10" / STATE_FILE).unlink()
+    model = patch_model(build("llama", layers=1, seed=1))
+    with pytest.warns(UserWarning, match="averages start anew") as caught:
+        _trainer(model, tmp_path, [AdaLoraCallback()]).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert sum("averages start anew" in str(warning.message) for warning in caught) == 1
+    pattern = model.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == 3 * len(pattern)
 
 
 class _Network(nn.Module):
@@ -154,6 +239,35 @@ class _Network(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
 
+@pytest.mark.parametrize("place", ["usual", "named", "moved"])
+def test_our_own_layers_resume(place: str, tmp_path: Path) -> None:
+    """The Trainer loads their weights without a word of where from; a file of other weights isn't taken."""
+
+    def train(folder: Path, resume: Path | None = None, **options: Any) -> tuple[_Network, RankAllocator]:
+        torch.manual_seed(0 if resume is None else 9)
+        model = _Network()
+        allocator = RankAllocator(model, 6, 2, 2, 5, 1, 0.85, 0.85)
+        trainer = _trainer(model, folder, [AdaLoraCallback(allocator)], max_steps=STEPS, **options)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return model, allocator
+
+    whole = train(tmp_path, save_strategy="steps", save_steps=8)
+    checkpoint, options = tmp_path / "checkpoint-8", {}
+    if place != "usual":
+        checkpoint = checkpoint.rename(tmp_path / "moved")
+        # What lies in the usual place is of another run.
+        shutil.copytree(tmp_path / "checkpoint-16", tmp_path / "checkpoint-8")
+    if place == "named":
+        options = {"resume_from_checkpoint": str(checkpoint)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed = train(tmp_path, checkpoint, **options)
+    assert any("averages start anew" in str(warning.message) for warning in caught) is (place == "moved")
+    if place != "moved":
+        assert all(torch.equal(a, b) for a, b in zip(resumed[0].parameters(), whole[0].parameters(), strict=True))
+    assert (resumed[1].importance.updates == whole[1].importance.updates) is (place != "moved")
+
+
 def test_our_own_layers_with_an_allocator(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = _Network()
@@ -164,6 +278,8 @@ def test_our_own_layers_with_an_allocator(tmp_path: Path) -> None:
     assert sum(allocator.live_ranks().values()) <= 4
     records = [record for record in trainer.state.log_history if "loss" in record]
     assert records[-1]["adalora/budget"] == 4.0 and "adalora/live_rank" in records[-1]
+    assert records[-1]["adalora/threshold"] == allocator.importance.threshold.item()
+    assert records[-1]["adalora/orthogonality"] == compute_orth_regu(model, 1.0).item()
 
 
 @pytest.mark.parametrize("variant", ["original", "paper"])
