@@ -247,7 +247,7 @@ class RankAllocator(BudgetEngine):
 
     def finish(self, turn: Turn, finite: Tensor | None) -> Tensor | None:
         """As ``BudgetEngine.finish``."""
-        called(self.triplets[0].slots[1])
+        called(triplet.slots[1] for triplet in self.triplets)
         return super().finish(turn, finite)
 
     def attach(self, optimizer: Any, step: Callable[[], int] | None = None) -> Attachment:

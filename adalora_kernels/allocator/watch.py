@@ -7,6 +7,7 @@ allocator's first step or with the warning.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,7 +34,7 @@ _hook: RemovableHandle | None = None
 
 
 def watch(owner: object, slot: Slot, what: str, remedy: str) -> None:
-    """Warn if an optimizer makes ``PATIENCE`` steps on the parameter at ``slot`` before ``called(slot)``.
+    """Warn if an optimizer makes ``PATIENCE`` steps on the parameter at ``slot`` before ``called`` with it.
 
     Args:
         owner: what is watched; not kept alive.
@@ -53,11 +54,12 @@ def unwatch(owner: object) -> None:
     _stop_if_idle()
 
 
-def called(slot: Slot) -> None:
-    """Some allocator was called for the parameter at ``slot``."""
+def called(slots: Iterable[Slot]) -> None:
+    """Some allocator was called for the parameters at ``slots``."""
     if _watched:
+        registries = {id(registry) for registry, _ in slots}
         for owner, entry in list(_watched.items()):
-            if entry.slot[0] is slot[0]:
+            if id(entry.slot[0]) in registries:
                 del _watched[owner]
         _stop_if_idle()
 
