@@ -19,6 +19,8 @@ try:
 except ImportError as error:
     raise ImportError("patching PEFT needs Hugging Face PEFT: pip install 'adalora-kernels[peft]'") from error
 
+from adalora_kernels.allocator import find_triplets
+from adalora_kernels.allocator.watch import unwatch, watch
 from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.integrations.adalora_model import FusedAdaLoraModel, fuse_model, restore_model
 from adalora_kernels.integrations.exchange import can_be_fused, fuse_layer, is_fused, restore_layer
@@ -87,6 +89,9 @@ def patch_model(peft_model: Model, backend: str | Backend | None = None, *, sibl
         for tuner in tuners:
             fuse_model(tuner, backend, siblings)
         link_siblings(peft_model, siblings)
+        if not tuners:
+            slot = find_triplets(peft_model)[0].slots[1]
+            watch(peft_model, slot, "patch_model was called", "RankAllocator(model, ...).attach(optimizer)")
     except BaseException:
         for module in fresh:
             _restore(module)
@@ -104,6 +109,7 @@ def unpatch_model(peft_model: Model) -> Model:
     layers, tuners = _find(peft_model)
     for module in (*layers.values(), *tuners):
         _restore(module)
+    unwatch(peft_model)
     return peft_model
 
 
@@ -154,7 +160,10 @@ def _find(model: nn.Module) -> tuple[dict[str, AdaLoraLayer], list[AdaLoraModel]
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, AdaLoraLayer)}
     if not layers:
-        raise ValueError(f"peft_model: expected a model with AdaLoRA layers, found none in {type(model).__name__}")
+        raise ValueError(
+            f"peft_model: expected a model with AdaLoRA layers, found none in {type(model).__name__}; build it by "
+            "get_peft_model(model, AdaLoraConfig(...))"
+        )
     return layers, [m for m in modules.values() if type(m) in (AdaLoraModel, FusedAdaLoraModel)]
 
 
