@@ -75,7 +75,8 @@ def importance_update(
     none = state.new_empty(0)
     given = [none if g is None else g for g in grads]
     try:
-        finite: Tensor = ops.importance_update(state, half, scores, sizes, params, given, beta1, beta2)
+        with torch.no_grad():  # else the dispatcher asks each tensor whether it takes part in the graph
+            finite: Tensor = ops.importance_update(state, half, scores, sizes, params, given, beta1, beta2)
     except RuntimeError:
         _refuse_parameters(layout, params, grads, state.device)
         raise

@@ -62,11 +62,18 @@ inline Operand operand_of(Tensor& matrix, int64_t rows, int64_t columns, const T
   return {matrix.mutable_data_ptr(), float_dtype(matrix, name)};
 }
 
+// Reads what tensors say of themselves, which lies as far apart as their memory and is in no cache: one question to all,
+// so that they are waited for side by side. All questions to one tensor would take the processor's whole window.
+inline void bring_in(const std::vector<Tensor>& tensors) {
+  for (const Tensor& tensor : tensors) tensor.const_data_ptr();
+}
+
 // The memory of the parameters A₀, E₀, B₀, A₁, …, of layers with sizes R, K, N; or of their gradients, of which some may
 // be missing: null where a tensor without elements stands for none.
 inline std::vector<Operand> operands_of(std::vector<Tensor>& tensors, const int64_t* sizes, int64_t layers,
                                         const Tensor& place, const char* name, bool some_missing) {
   STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == 3 * layers, name, ": expected ", 3 * layers, " tensors");
+  bring_in(tensors);
   std::vector<Operand> operands;
   operands.reserve(tensors.size());
   for (int64_t i = 0; i < layers; ++i) {

@@ -36,6 +36,7 @@ bool sweep(const Optimizer<T>& optimizer, const Averages* averages, const Tensor
   const int64_t elements = optimizer.elements;
   const T* old = averages == nullptr ? nullptr : averages->current<T>();
   T* fresh = averages == nullptr ? nullptr : averages->next<T>();
+  const bool past_caches = averages != nullptr && averages->streamed();
   const auto at = [](auto* base, int64_t offset) { return base == nullptr ? nullptr : base + offset; };
   const auto segment = [&](const triplet_sweep::Item& item, int64_t begin, int64_t count, T* scratch) {
     const Operand param = params[item.tensor].from(item.begin + begin), grad = grads[item.tensor].from(item.begin + begin);
@@ -44,12 +45,12 @@ bool sweep(const Optimizer<T>& optimizer, const Averages* averages, const Tensor
     if (grad.data == nullptr) {
       if (averages == nullptr) return true;
       return carry({param.data, nullptr, param.dtype, grad.dtype, at(old, first), at(old, second), at(fresh, first),
-                    at(fresh, second), count, scratch, item.period, scratch + item.period},
+                    at(fresh, second), count, scratch, item.period, scratch + item.period, past_caches},
                    settings.smoothing);
     }
     return run({param.data, grad.data, param.dtype, grad.dtype, optimizer.moments + first, optimizer.moments + second,
                 at(old, first), at(old, second), at(fresh, first), at(fresh, second), count, scratch, item.period,
-                scratch + item.period},
+                scratch + item.period, past_caches},
                settings);
   };
   if (!triplet_sweep::run<T>(items, elements, 2, segment)) return false;

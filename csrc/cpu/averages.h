@@ -5,6 +5,8 @@
 
 namespace adalora::cpu {
 
+constexpr int64_t kStreamedElements = 1 << 18;  // 2 MiB of new averages in fp32
+
 // state [2, 2, elements]: half; Ī or Ū; element.
 struct Averages {
   void* data;
@@ -19,6 +21,8 @@ struct Averages {
   T* next() const {
     return static_cast<T*>(data) + (1 - *half) * 2 * elements;
   }
+  // Whether the new averages go past the caches: more than a core keeps until the next step.
+  bool streamed() const { return elements >= kStreamedElements; }
   void flip() const { *half = 1 - *half; }
 };
 

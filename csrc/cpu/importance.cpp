@@ -28,7 +28,7 @@ bool update(const Averages& averages, int64_t first, T* scores, const int64_t* s
     const Operand param = params[item.tensor].from(item.begin + begin), grad = grads[item.tensor].from(item.begin + begin);
     const int64_t offset = item.offset + begin;
     return run({param.data, grad.data, param.dtype, grad.dtype, old + offset, old + elements + offset, fresh + offset,
-                fresh + elements + offset, count, scratch, item.period, scratch + item.period},
+                fresh + elements + offset, count, scratch, item.period, scratch + item.period, averages.streamed()},
                smoothing);
   };
   if (!triplet_sweep::run<T>(items, elements, 2, segment)) return false;

@@ -28,6 +28,8 @@ struct Matrix {
 // All A, then all B. Copies that operand_of makes live in the vectors.
 std::vector<Matrix> matrices_of(std::vector<Tensor>& lora_A, std::vector<Tensor>& lora_B) {
   STD_TORCH_CHECK(!lora_A.empty() && lora_A.size() == lora_B.size(), "lora_A, lora_B: expected as many of each");
+  bring_in(lora_A);
+  bring_in(lora_B);
   std::vector<Matrix> matrices;
   matrices.reserve(2 * lora_A.size());
   int64_t slopes = 0;
@@ -195,6 +197,7 @@ void orthogonality_gradients(std::vector<Tensor> lora_A, std::vector<Tensor> lor
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "slopes: expected float32 or float64");
   check_contiguous(slopes, dtype, slopes_of(matrices), "slopes");
   STD_TORCH_CHECK(grads.size() == matrices.size(), "grads: expected one for each matrix");
+  bring_in(grads);
   std::vector<void*> gradients;
   gradients.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {

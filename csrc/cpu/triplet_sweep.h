@@ -9,6 +9,10 @@
 #include <numeric>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
 #include "cpu/parallel.h"
 
 namespace adalora::cpu {
@@ -18,8 +22,15 @@ namespace triplet_sweep {
 constexpr int64_t kItemElements = 16384;
 constexpr int64_t kSegmentElements = 4096;  // sums in T run over about so many elements, then in fp64
 constexpr int64_t kRowPeriod = 64;
-constexpr int64_t kColumnPeriod = 512;
+constexpr int64_t kColumnPeriod = 64;
 constexpr int64_t kThreadedElements = 32768;
+
+// Makes this thread's streamed stores (simd/stream.h), which other stores may overtake, visible to the others first.
+inline void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 enum class Part { kA, kE, kB };
 
@@ -111,6 +122,7 @@ bool run(const std::vector<Item>& items, int64_t elements, int64_t buffers, cons
         const Item& item = items[i];
         if (!(item.part == Part::kA ? rows(item, scratch.data(), segment) : columns(item, scratch.data(), segment)))
           finite.store(false, std::memory_order_relaxed);
+        fence_streams();
       });
   return finite.load();
 }

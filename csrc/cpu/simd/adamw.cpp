@@ -1,39 +1,13 @@
 #include "cpu/simd/adamw.h"
 
-#include "cpu/simd/finite.h"
-#include "cpu/simd/vec.h"
+#include "cpu/simd/scored.h"
 #include "cpu/simd/widen.h"
 
 namespace adalora::cpu::ADALORA_ISA {
 
 namespace {
 
-constexpr int64_t kBlock = 1024;  // numbers converted at a time
-
-template <typename T, bool PreStep>
-bool update(T* __restrict param, const T* __restrict grad, T* __restrict moment, T* __restrict square,
-            const T* __restrict average, const T* __restrict uncertainty, T* __restrict new_average,
-            T* __restrict new_uncertainty, T* __restrict sums, int64_t count, const AdamSettings<T>& settings) {
-  const AdamStep<T> step = settings.step;
-  const Smoothing<T> factors = settings.smoothing;
-  const T scale = settings.grad_scale;
-  auto largest = magnitude_bits(T{});
-  for (int64_t i = 0; i < count; ++i) {
-    const T g = grad[i] * scale, before = param[i];
-    T m = moment[i], v = square[i], a = average[i], u = uncertainty[i];
-    const T after = adamw_element(before, g, m, v, step);
-    const T s = update_element(PreStep ? before : after, g, a, u, factors);
-    param[i] = after;
-    moment[i] = m;
-    square[i] = v;
-    sums[i] += s;
-    new_average[i] = a;
-    new_uncertainty[i] = u;
-    const auto bits = magnitude_bits(s);
-    largest = bits > largest ? bits : largest;
-  }
-  return largest < infinity_bits(T{});
-}
+constexpr int64_t kConverted = 1024;  // numbers converted at a time
 
 template <typename T>
 void update_alone(T* __restrict param, const T* __restrict grad, T* __restrict moment, T* __restrict square,
@@ -48,50 +22,54 @@ void update_alone(T* __restrict param, const T* __restrict grad, T* __restrict m
   }
 }
 
-// Importance of stored parameters, with their averages.
-template <typename T>
-bool score(const T* __restrict param, const T* __restrict grad, const T* __restrict average,
-           const T* __restrict uncertainty, T* __restrict new_average, T* __restrict new_uncertainty,
-           T* __restrict sums, int64_t count, const AdamSettings<T>& settings) {
+template <bool PreStep, typename T>
+bool update(T* __restrict param, const T* __restrict grad, T* __restrict moment, T* __restrict square,
+            const AverageRun<T>& averages, bool streamed, const AdamSettings<T>& settings) {
+  const AdamStep<T> step = settings.step;
   const Smoothing<T> factors = settings.smoothing;
   const T scale = settings.grad_scale;
-  auto largest = magnitude_bits(T{});
-  for (int64_t i = 0; i < count; ++i) {
-    T a = average[i], u = uncertainty[i];
-    const T s = update_element(param[i], grad[i] * scale, a, u, factors);
-    sums[i] += s;
-    new_average[i] = a;
-    new_uncertainty[i] = u;
-    const auto bits = magnitude_bits(s);
-    largest = bits > largest ? bits : largest;
-  }
-  return largest < infinity_bits(T{});
+  return score_elements(averages, streamed, [=](int64_t i, T& a, T& u) {
+    const T g = grad[i] * scale, before = param[i];
+    T m = moment[i], v = square[i];
+    const T after = adamw_element(before, g, m, v, step);
+    param[i] = after;
+    moment[i] = m;
+    square[i] = v;
+    return update_element(PreStep ? before : after, g, a, u, factors);
+  });
 }
 
 template <typename T>
 bool run(const AdamRun<T>& r, const AdamSettings<T>& settings) {
   const bool stored = r.param_dtype == dtype_of<T>::value;
+  const int64_t step = stored && r.grad_dtype == dtype_of<T>::value ? r.count : r.period;
   bool finite = true;
-  for (int64_t begin = 0; begin < r.count; begin += r.period) {
-    const int64_t count = r.count - begin < r.period ? r.count - begin : r.period;
+  for (int64_t begin = 0; begin < r.count; begin += step) {
+    const int64_t count = r.count - begin < step ? r.count - begin : step;
     void* place = static_cast<char*>(r.param) + begin * size_of(r.param_dtype);
     T* param = stored ? static_cast<T*>(place) : r.buffer;
     if (!stored) widen(param, place, r.param_dtype, count);
     const T* grad = widened(r.grad, r.grad_dtype, begin, count, r.buffer + r.period);
     T *moment = r.moment + begin, *square = r.square + begin;
+    const AverageRun<T> averages{r.average + begin, r.uncertainty + begin, r.new_average + begin,
+                                 r.new_uncertainty + begin, r.sums, count, r.period};
     if (r.average == nullptr) {
       update_alone(param, grad, moment, square, count, settings);
-    } else if (!stored && !settings.pre_step) {
+    } else if (settings.pre_step) {
+      finite &= update<true>(param, grad, moment, square, averages, r.streamed, settings);
+    } else if (stored) {
+      finite &= update<false>(param, grad, moment, square, averages, r.streamed, settings);
+    } else {
       // What counts is the parameter as it is stored, rounded.
       update_alone(param, grad, moment, square, count, settings);
       narrow(place, r.param_dtype, param, count);
       widen(param, place, r.param_dtype, count);
-      finite &= score(param, grad, r.average + begin, r.uncertainty + begin, r.new_average + begin,
-                      r.new_uncertainty + begin, r.sums, count, settings);
-    } else {
-      const auto with_importance = settings.pre_step ? update<T, true> : update<T, false>;
-      finite &= with_importance(param, grad, moment, square, r.average + begin, r.uncertainty + begin,
-                                r.new_average + begin, r.new_uncertainty + begin, r.sums, count, settings);
+      const Smoothing<T> factors = settings.smoothing;
+      const T scale = settings.grad_scale;
+      finite &= score_elements(averages, r.streamed, [=](int64_t i, T& a, T& u) {
+        return update_element(param[i], grad[i] * scale, a, u, factors);
+      });
+      continue;
     }
     if (!stored) narrow(place, r.param_dtype, param, count);
   }
@@ -100,10 +78,10 @@ bool run(const AdamRun<T>& r, const AdamSettings<T>& settings) {
 
 template <typename T>
 double square_sum(const void* data, DType dtype, int64_t count) {
-  T buffer[kBlock];
+  T buffer[kConverted];
   double total = 0;
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t some = count - begin < kBlock ? count - begin : kBlock;
+  for (int64_t begin = 0; begin < count; begin += kConverted) {
+    const int64_t some = count - begin < kConverted ? count - begin : kConverted;
     const T* values = widened(data, dtype, begin, some, buffer);
     Vec<T> part = {};
     int64_t i = 0;

@@ -23,6 +23,7 @@ struct AdamRun {
   T* sums;      // [period]; s of element l is added to sums[l % period]
   int64_t period;
   T* buffer;    // [2 * period], for parameters and gradients of another dtype than T
+  bool streamed;  // the new averages go past the caches, where they can
 };
 
 template <typename T>

@@ -1,6 +1,6 @@
 #include "cpu/simd/importance.h"
 
-#include "cpu/simd/finite.h"
+#include "cpu/simd/scored.h"
 #include "cpu/simd/widen.h"
 
 namespace adalora::cpu::ADALORA_ISA {
@@ -8,48 +8,24 @@ namespace adalora::cpu::ADALORA_ISA {
 namespace {
 
 template <typename T>
-bool update(const T* __restrict param, const T* __restrict grad, const T* __restrict average,
-            const T* __restrict uncertainty, T* __restrict new_average, T* __restrict new_uncertainty,
-            T* __restrict sums, int64_t count, const Smoothing<T>& smoothing) {
-  const Smoothing<T> factors = smoothing;
-  auto largest = magnitude_bits(T{});
-  for (int64_t i = 0; i < count; ++i) {
-    T a = average[i], u = uncertainty[i];
-    const T s = update_element(param[i], grad[i], a, u, factors);
-    sums[i] += s;
-    new_average[i] = a;
-    new_uncertainty[i] = u;
-    const auto bits = magnitude_bits(s);
-    largest = bits > largest ? bits : largest;
-  }
-  return largest < infinity_bits(T{});
-}
-
-template <typename T>
-void carry(const T* __restrict average, const T* __restrict uncertainty, T* __restrict new_average,
-           T* __restrict new_uncertainty, T* __restrict sums, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const T a = average[i], u = uncertainty[i];
-    sums[i] += a * u;
-    new_average[i] = a;
-    new_uncertainty[i] = u;
-  }
-}
-
-template <typename T>
 bool run(const Run<T>& r, const Smoothing<T>& smoothing) {
+  const Smoothing<T> factors = smoothing;
+  const bool stored = r.param_dtype == dtype_of<T>::value && r.grad_dtype == dtype_of<T>::value;
+  const int64_t step = stored ? r.count : r.period;
   bool finite = true;
-  for (int64_t begin = 0; begin < r.count; begin += r.period) {
-    const int64_t count = r.count - begin < r.period ? r.count - begin : r.period;
-    const T *average = r.average + begin, *uncertainty = r.uncertainty + begin;
-    T *new_average = r.new_average + begin, *new_uncertainty = r.new_uncertainty + begin;
+  for (int64_t begin = 0; begin < r.count; begin += step) {
+    const int64_t count = r.count - begin < step ? r.count - begin : step;
+    const AverageRun<T> averages{r.average + begin, r.uncertainty + begin, r.new_average + begin,
+                                 r.new_uncertainty + begin, r.sums, count, r.period};
     if (r.grad == nullptr) {
-      carry(average, uncertainty, new_average, new_uncertainty, r.sums, count);
+      score_elements(averages, r.streamed, [](int64_t, T a, T u) { return a * u; });
       continue;
     }
-    const T* param = widened(r.param, r.param_dtype, begin, count, r.buffer);
-    const T* grad = widened(r.grad, r.grad_dtype, begin, count, r.buffer + r.period);
-    finite &= update(param, grad, average, uncertainty, new_average, new_uncertainty, r.sums, count, smoothing);
+    const T* __restrict param = widened(r.param, r.param_dtype, begin, count, r.buffer);
+    const T* __restrict grad = widened(r.grad, r.grad_dtype, begin, count, r.buffer + r.period);
+    finite &= score_elements(averages, r.streamed, [=](int64_t i, T& a, T& u) {
+      return update_element(param[i], grad[i], a, u, factors);
+    });
   }
   return finite;
 }

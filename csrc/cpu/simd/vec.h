@@ -10,6 +10,13 @@
 
 #include "common/inline.h"
 
+// Before a loop of which no iteration writes what another one reads.
+#if defined(__clang__)
+#define ADALORA_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define ADALORA_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace adalora::cpu::ADALORA_ISA {
 
 namespace {
