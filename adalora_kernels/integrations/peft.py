@@ -89,9 +89,9 @@ def patch_model(peft_model: Model, backend: str | Backend | None = None, *, sibl
         for tuner in tuners:
             fuse_model(tuner, backend, siblings)
         link_siblings(peft_model, siblings)
-        if not tuners:
-            slot = find_triplets(peft_model)[0].slots[1]
-            watch(peft_model, slot, "patch_model was called", "RankAllocator(model, ...).attach(optimizer)")
+        if not tuners and (triplets := find_triplets(peft_model)):
+            remedy = "RankAllocator(model, ...).attach(optimizer)"
+            watch(peft_model, triplets[0].slots[1], "patch_model was called", remedy)
     except BaseException:
         for module in fresh:
             _restore(module)
