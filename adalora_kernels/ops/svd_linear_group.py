@@ -44,7 +44,11 @@ def svd_linear_group(
     training: bool = True,
     backend: str | Backend | None = None,
 ) -> tuple[Tensor, ...]:
-    """``svd_linear`` of one x through several layers. Ranks, N, bias and mask may differ; K is that of x.
+    """y_i = x W_iᵀ + b_i + (drop_i(x) A_iᵀ ⊙ c_i E_i ⊙ mask_i) B_iᵀ for layers that read the same x, in one call.
+
+    ``svd_linear`` of each, as one node of the autograd graph: x is saved once, and dx = Σ_i dx_i is summed where it is
+    made. On the triton backend one pass over x serves the u of all layers and one all their dA, where that is fast by
+    calculation. Ranks, N, bias and mask may differ; K is that of x.
 
     An output that isn't used costs nothing in the backward. With dropout each layer drops elements of its own, so that
     no pass over x is shared.

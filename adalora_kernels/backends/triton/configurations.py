@@ -77,7 +77,7 @@ _ROWS = (
     # the low-rank increment of any base's output, in place
     _Row("delta", _HALF, _ALL, {128: Tile(64, 64, 64, 8, 2)}),
     _Row("delta", _MIXED, _ALL, {128: Tile(64, 64, 64, 8, 2)}),
-    _Row("delta", _SINGLE, _ALL, {128: Tile(16, 64, 32, 8, 2)}),
+    _Row("delta", _SINGLE, _ALL, {128: Tile(16, 64, 16, 8, 2)}),
     # dx with its low-rank tail, and v, T and dA on its way
     _Row("one_gemm", _HALF, _A, {16: Tile(64, 32, 64, 8, 3), 64: Tile(64, 32, 32, 8, 3)}),
     _Row("one_gemm", _HALF, _H, {16: Tile(128, 64, 256, 8, 3), 64: Tile(128, 64, 128, 8, 3)}),

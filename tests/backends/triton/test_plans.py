@@ -108,7 +108,7 @@ def test_explain_names_plan_configuration_and_reason() -> None:
     assert configuration.startswith("one_pass 64×64×16, 8 warps, 3 stages; g ")
     assert reason == "forward one_pass asked for by name; backward split asked for by name"
     plan, configuration, reason = explain(x, None, adapter())
-    assert plan == "delta/split" and configuration.startswith("delta 16×64×32, ")
+    assert plan == "delta/split" and configuration.startswith("delta 16×64×16, ")
     assert reason == "forward delta, the only plan that can run it; backward split, the only plan that can run it"
     plan, configuration, reason = explain(x, weight, adapter(r=0), "blas")
     assert configuration == "products of the BLAS alone"
