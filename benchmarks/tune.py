@@ -49,7 +49,7 @@ def main() -> int:
 
     from adalora_kernels.backends.triton import measured
     from benchmarks.gpu.machine import Machine
-    from benchmarks.gpu.records import Sweep, write
+    from benchmarks.records import Sweep, write
 
     if options.dry:
         torch.set_num_threads(1)

@@ -72,7 +72,8 @@ def main() -> int:
 
 def core(machine: Machine, deadline: float) -> int:
     """Checks, the core set, the host's time; then the record and the bounds."""
-    from benchmarks.gpu import checks, children, graphed, groups, host, records
+    from benchmarks import records
+    from benchmarks.gpu import checks, children, graphed, groups, host
     from benchmarks.gpu.layers import Case
     from benchmarks.gpu.questions import ceilings
     from benchmarks.gpu.rows import RANK, Row, group_rows, rows
@@ -132,7 +133,8 @@ def group_cases(machine: Machine, tokens: Iterable[int]) -> list[GroupCase]:
 
 def parity(machine: Machine, index: int | None) -> int:
     """The small correctness cases; or one of all, which is written down."""
-    from benchmarks.gpu import checks, records
+    from benchmarks import records
+    from benchmarks.gpu import checks
 
     small = checks.SMALL[:2] if machine.dry else checks.SMALL
     cases = small if index is None else checks.shapes(machine)[index : index + 1]
@@ -145,7 +147,8 @@ def parity(machine: Machine, index: int | None) -> int:
 
 def questions(machine: Machine, deadline: float) -> int:
     """What decides between designs, written to a file of its own."""
-    from benchmarks.gpu import groups, records
+    from benchmarks import records
+    from benchmarks.gpu import groups
     from benchmarks.gpu.questions import questions as asked
 
     shapes, tokens = (DRY_SHAPES, DRY_TOKENS) if machine.dry else (SHAPES, SWEEP_TOKENS)
@@ -165,7 +168,7 @@ def questions(machine: Machine, deadline: float) -> int:
 
 def sweep(machine: Machine, part: int, parts: int, deadline: float) -> int:
     """Every shape, number of tokens, rank and adapter dtype of this share that is not yet recorded."""
-    from benchmarks.gpu import records
+    from benchmarks import records
     from benchmarks.gpu.layers import Case
     from benchmarks.gpu.timed import measure
 

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 
 from benchmarks.environment import commit
-from benchmarks.gpu.records import write
+from benchmarks.records import write
 from benchmarks.paper import evaluation, training
 from benchmarks.paper.methods import prepare, trained_parameters
 from benchmarks.paper.presets import Preset

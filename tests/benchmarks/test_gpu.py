@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from benchmarks.gpu import checks, graphed, layers, rows
 from benchmarks.gpu.layers import Case
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.records import Sweep
+from benchmarks.records import Sweep
 
 ROOT = Path(__file__).parents[2]
 
