@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-
 TIMES = ("milliseconds", "microseconds")
 QUANTILES = {"median", "p20", "p80"}
 

@@ -16,12 +16,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 
 from benchmarks.environment import commit
-from benchmarks.records import write
 from benchmarks.paper import evaluation, training
 from benchmarks.paper.methods import prepare, trained_parameters
 from benchmarks.paper.presets import Preset
 from benchmarks.paper.tasks import SUMMARIES, Task
 from benchmarks.paper.tasks.load import TRAINING
+from benchmarks.records import write
 
 RECORD = "record.json"
 
