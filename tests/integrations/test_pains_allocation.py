@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adalora_kernels import AdaLoraCallback, RankAllocator, SVDLinear
 from adalora_kernels.integrations.peft import patch_model
 from tests.integrations.small_models import (
+    VOCABULARY,
     adapter_parameters,
     backward,
     batch,
@@ -60,27 +61,32 @@ def test_P1801_ranks_look_constant(tmp_path: Path) -> None:
     assert logged[0] > logged[-1] == 3 * len(ranks)
 
 
-def test_P3373_no_allocator_on_a_plain_transformers_model() -> None:
+@pytest.mark.parametrize("cure", [None, "patch_model", "RankAllocator"])
+def test_P3373_no_allocator_on_a_plain_transformers_model(cure: str | None) -> None:
     """``model.add_adapter`` injects layers, and no object that has ``update_and_allocate`` is left."""
-    config = AdaLoraConfig(target_modules=["q_proj", "v_proj"], init_r=6, target_r=3, total_step=20)
-    ranks = {}
-    for patched in (False, True):
-        torch.manual_seed(0)
-        model = build("llama").unload()
-        model.add_adapter(config)
-        assert not any(hasattr(m, "update_and_allocate") for m in model.modules())
-        optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-2)
-        if patched:
-            patch_model(model)
-            allocator = RankAllocator(model, 6, 3, 2, 4, 2, 0.85, 0.85, total_step=20, adapter="default")
-            allocator.attach(optimizer)
+    torch.manual_seed(0)
+    model = build("llama").unload()
+    model.add_adapter(AdaLoraConfig(target_modules=["q_proj", "v_proj"], init_r=6, target_r=3, total_step=20))
+    assert not any(hasattr(m, "update_and_allocate") for m in model.modules())
+    optimizer = torch.optim.AdamW(adapter_parameters(model).values(), lr=1e-2)
+    if cure is not None:
+        patch_model(model)
+    if cure == "RankAllocator":
+        allocator = RankAllocator(model, 6, 3, 2, 4, 2, 0.85, 0.85, total_step=20, adapter="default")
+        allocator.attach(optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         for step in range(20):
-            tokens = torch.randint(1, 61, (2, 5), generator=torch.Generator().manual_seed(step))
+            tokens = torch.randint(1, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(step))
             model(input_ids=tokens, labels=tokens).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        ranks[patched] = sum(int((values != 0).sum()) for values in singular_values(model).values())
-    assert ranks == {False: 6 * 4, True: 3 * 4}
+    told = [str(w.message) for w in caught if "without a call of the rank allocator" in str(w.message)]
+    assert len(told) == (cure == "patch_model") and all(
+        "RankAllocator(model, ...).attach(optimizer)" in t for t in told
+    )
+    live = sum(int((values != 0).sum()) for values in singular_values(model).values())
+    assert live == (3 if cure == "RankAllocator" else 6) * 4
 
 
 @pytest.mark.parametrize("kind", ["attribute", "dict", "namedtuple"])
