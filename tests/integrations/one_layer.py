@@ -52,6 +52,10 @@ def adapted(
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():
+        if parameter.dtype.itemsize == 1 and ("lora_" in name or "ranknum" in name):
+            parameter.data = (
+                parameter.data.float()
+            )  # PEFT 0.18 takes over a float8 base's dtype: nothing computes in it
         if "lora_" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return peft_model.train()
@@ -71,7 +75,7 @@ def results(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     x = x.detach().clone().requires_grad_()
     y = model(x)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.dtype))
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and "lora_" in name}
     return {"y": y.detach(), "x": x.grad, **grads}
 
 

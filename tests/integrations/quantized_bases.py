@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from peft import PeftModel
+from peft.tuners.adalora import model as peft_model_module
 from torch import Tensor, nn
+
+from tests.integrations.one_layer import adapted
 
 _FLOAT8 = torch.float8_e4m3fn
 
@@ -33,6 +38,14 @@ class PackedLinear(nn.Module):
         levels = (self.qweight[:, None, :] >> self.shifts[None, :, None]) & 15
         weight = (levels.reshape(self.in_features, self.out_features) - 8).to(x.dtype) * self.scales.to(x.dtype)
         return x @ weight + self.bias
+
+
+def adapted_packed(linear: nn.Linear, **settings: Any) -> PeftModel:
+    """As PEFT does over GPTQ: it asks gptqmodel, or AutoGPTQ before, for the class of the base."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("get_gptqmodel_quant_linear", "get_auto_gptq_quant_linear"):
+            patch.setattr(peft_model_module, name, lambda *_, **__: PackedLinear, raising=False)
+        return adapted(PackedLinear(linear), **settings)
 
 
 class _ScaledMM(torch.autograd.Function):

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaLoraConfig, PeftModel
-from peft.tuners.adalora import model as peft_model_module
 from torch import Tensor, nn
 
 from adalora_kernels import explain
@@ -18,22 +17,20 @@ from adalora_kernels.integrations.peft import layer_report, patch_model, patch_p
 from adalora_kernels.integrations.quantized import QUANTIZED
 from tests.integrations.one_layer import K, N, adapted, assert_same_results, inputs, layer_of, linear, results
 from tests.integrations.one_layer import fused_calls as fused_calls
-from tests.integrations.quantized_bases import PackedLinear
+from tests.integrations.quantized_bases import adapted_packed
 
 KINDS = ("8 bit", "8 bit with outliers", "NF4", "NF4 twice", "FP4", "GPTQ")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PeftModel]:
+def build() -> Callable[..., PeftModel]:
     """Builds a model of one layer as PEFT does for that kind of base."""
 
     def built(kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> PeftModel:
         plain = linear(dtype)
         if kind == "GPTQ":
-            # PEFT asks gptqmodel, which needs a CUDA build of torch, for the class of the base.
-            monkeypatch.setattr(peft_model_module, "get_gptqmodel_quant_linear", lambda *_, **__: PackedLinear)
-            return adapted(PackedLinear(plain), **settings)
+            return adapted_packed(plain, **settings)
         bitsandbytes = pytest.importorskip("bitsandbytes")
         if kind.startswith("8 bit"):
             threshold = 1.0 if "outliers" in kind else 0.0
