@@ -53,9 +53,7 @@ def adapted(
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():
         if parameter.dtype.itemsize == 1 and ("lora_" in name or "ranknum" in name):
-            parameter.data = (
-                parameter.data.float()
-            )  # PEFT 0.18 takes over a float8 base's dtype: nothing computes in it
+            parameter.data = parameter.data.float()  # PEFT 0.18 takes over the dtype of a float8 base
         if "lora_" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return peft_model.train()
