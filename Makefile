@@ -7,7 +7,7 @@ ifeq ($(shell uname),Linux)
 SECOND_TRITON := build/triton-3.6
 endif
 
-.PHONY: setup demo test lint bench gpu tune clean
+.PHONY: setup demo test test-peft lint bench gpu tune clean
 
 setup: .venv/.installed $(SECOND_TRITON:=/.installed)
 
@@ -28,6 +28,11 @@ demo: setup
 
 test: setup
 	ADALORA_SECOND_TRITON=$(SECOND_TRITON) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
+
+# PEFT's own AdaLoRA tests with and without the patch, and ours under these PEFTs, each in build/peft-<version>.
+PEFTS ?= 0.18.1 0.20.0 newest
+test-peft: setup
+	$(BIN)/python -m tests.peft_suite --jobs $(JOBS) $(PEFTS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,12 +12,16 @@ from typing import Any, TypeVar
 from packaging.version import Version
 from torch import nn
 
+from adalora_kernels.integrations.supported import MINIMUM_PEFT, why_not_peft
+
 try:
     import peft
     from peft.tuners.adalora.layer import AdaLoraLayer
     from peft.tuners.adalora.model import AdaLoraModel
 except ImportError as error:
-    raise ImportError("patching PEFT needs Hugging Face PEFT: pip install 'adalora-kernels[peft]'") from error
+    raise why_not_peft(error) from error
+if Version(peft.__version__) < Version(MINIMUM_PEFT):
+    raise why_not_peft()
 
 from adalora_kernels.allocator import find_triplets
 from adalora_kernels.allocator.watch import unwatch, watch
@@ -27,10 +31,6 @@ from adalora_kernels.integrations.exchange import can_be_fused, fuse_layer, is_f
 from adalora_kernels.integrations.guidance import check_config
 from adalora_kernels.integrations.ranknum import is_frozen
 from adalora_kernels.integrations.siblings import link_siblings
-
-MINIMUM_PEFT = "0.18.0"
-if Version(peft.__version__) < Version(MINIMUM_PEFT):
-    raise ImportError(f"expected peft >= {MINIMUM_PEFT}, found {peft.__version__}: pip install --upgrade peft")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -115,17 +115,17 @@ def unpatch_model(peft_model: Model) -> Model:
 
 def patch_peft() -> None:
     """Patch what PEFT builds or extends from now on: get_peft_model, from_pretrained, add_adapter, injection."""
-    if "inject_adapter" in AdaLoraModel.__dict__:
-        return
     AdaLoraModel.inject_adapter = _inject_and_patch
     AdaLoraModel._create_new_module = staticmethod(_create_fused_module)
 
 
 def unpatch_peft() -> None:
     """Undo ``patch_peft``; models that were built meanwhile stay patched."""
-    if AdaLoraModel.__dict__.get("inject_adapter") is _inject_and_patch:
-        del AdaLoraModel.inject_adapter
-        AdaLoraModel._create_new_module = staticmethod(_peft_create_new_module)
+    for name, method in _PEFTS_METHODS.items():
+        if method is not None:
+            setattr(AdaLoraModel, name, method)
+        elif name in AdaLoraModel.__dict__:
+            delattr(AdaLoraModel, name)
 
 
 def layer_report(model: nn.Module) -> list[LayerReport]:
@@ -139,17 +139,20 @@ def layer_report(model: nn.Module) -> list[LayerReport]:
     return [_report(name, layer) for name, layer in layers.items()]
 
 
-_peft_create_new_module = AdaLoraModel._create_new_module
+# As AdaLoraModel has them of its own, or None where it inherits them.
+_PEFTS_METHODS = {name: AdaLoraModel.__dict__.get(name) for name in ("inject_adapter", "_create_new_module")}
+_pefts_inject_adapter = AdaLoraModel.inject_adapter
+_pefts_create_new_module = AdaLoraModel._create_new_module
 
 
 def _create_fused_module(*args: Any, **kwargs: Any) -> nn.Module:
-    module: nn.Module = _peft_create_new_module(*args, **kwargs)
+    module: nn.Module = _pefts_create_new_module(*args, **kwargs)
     fuse_layer(module, None)
     return module
 
 
 def _inject_and_patch(self: AdaLoraModel, *args: Any, **kwargs: Any) -> None:
-    super(AdaLoraModel, self).inject_adapter(*args, **kwargs)
+    _pefts_inject_adapter(self, *args, **kwargs)
     if type(self) is AdaLoraModel:
         patch_model(self)
 

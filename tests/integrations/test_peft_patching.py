@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from peft.tuners.adalora.layer import SVDLinear
+from peft import AdaLoraConfig, LoHaConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.adalora.layer import AdaLoraLayer, SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import Tensor, nn
 
@@ -71,7 +71,7 @@ def test_the_adalora_model_itself_is_accepted() -> None:
 
 @pytest.mark.parametrize("change", [patch_model, unpatch_model, layer_report])
 def test_what_is_no_adalora_model_is_refused(change) -> None:
-    plain = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    plain = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoHaConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="peft_model: expected a model with AdaLoRA layers"):
         change(plain)
     with pytest.raises(TypeError, match="peft_model: expected a PeftModel, got str"):
@@ -195,6 +195,7 @@ def test_other_layers_keep_pefts_code_and_are_listed() -> None:
     reports = {report.name.split(".")[-1]: report for report in layer_report(ours)}
     assert reports["second"].fused
     assert not reports["first"].fused and "keeps PEFT's code" in reports["first"].reason
+    assert not any(m.ranknum["default"].requires_grad for m in ours.modules() if isinstance(m, AdaLoraLayer))
     for twin in (theirs, ours):
         optimizer = torch.optim.AdamW(adapter_parameters(twin).values(), lr=1e-2)
         for step in range(12):
@@ -247,6 +248,60 @@ def test_unloading_takes_the_term_away() -> None:
     inner = model.merge_and_unload()
     assert not inner._forward_hooks
     assert not any(isinstance(m, SVDLinear) for m in inner.modules())
+
+
+@pytest.mark.parametrize("first", ["AdaLoRA", "LoHa"])
+def test_layers_of_mixed_adapters_are_fused(first: str) -> None:
+    both = {
+        "AdaLoRA": AdaLoraConfig(target_modules=["0", "1"], total_step=9, init_r=2),
+        "LoHa": LoHaConfig(target_modules=["0"], r=2),
+    }
+    configs = [both.pop(first), *both.values()]
+
+    def mixed() -> nn.Module:
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.bfloat16)
+        model = get_peft_model(layers, copy.deepcopy(configs[0]), mixed=True)
+        model.add_adapter("second", copy.deepcopy(configs[1]))
+        model.set_adapter(["default", "second"])
+        for name, parameter in model.named_parameters():
+            if "ranknum" not in name:
+                parameter.data.normal_(std=0.3)
+        return model
+
+    theirs = mixed()
+    patch_peft()
+    ours = mixed()
+    x = torch.randn(2, 4, dtype=torch.bfloat16)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0.02, atol=0.03)
+    layers = [m for m in ours.modules() if isinstance(m, SVDLinear)]
+    assert layers and all(type(m) is FusedSVDLinear for m in layers)
+    assert not any(ranknum.requires_grad for m in layers for ranknum in m.ranknum.values())
+
+
+def test_layers_that_are_added_later_are_linked_to_their_siblings() -> None:
+    model = patch_model(build("llama", target_modules=["q_proj"]), siblings=True)
+    attention = model.get_base_model().model.layers[0].self_attn
+    assert "_siblings" not in attention.q_proj.__dict__
+    extra = AdaLoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], total_step=9, init_r=2, inference_mode=True)
+    model.add_adapter("extra", extra)
+    assert attention.q_proj._siblings is attention.k_proj._siblings is attention.v_proj._siblings
+    before = attention.q_proj._siblings
+    model.add_adapter("more", copy.deepcopy(extra))
+    assert attention.q_proj._siblings is before  # and what they learned
+
+
+def test_ranknum_stays_frozen_where_peft_casts_it(tmp_path) -> None:
+    """PEFT 0.21: each cast of an adapter, over any base that is not in fp32, leaves a ranknum that trains."""
+    patch_peft()
+    model = build("llama", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build("llama", dtype=torch.bfloat16).unload(), tmp_path, is_trainable=True)
+    loaded.load_adapter(tmp_path, "second")
+    loaded.add_adapter("third", AdaLoraConfig(target_modules=["q_proj"], total_step=9, init_r=2, inference_mode=True))
+    constants = {name: p for name, p in loaded.named_parameters() if "ranknum" in name}
+    assert {name.rpartition(".")[2] for name in constants} == {"default", "second", "third"}
+    assert not any(p.requires_grad for p in constants.values())
 
 
 def test_ranknum_is_frozen_while_patched_and_read_once() -> None:

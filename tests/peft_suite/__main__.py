@@ -20,7 +20,7 @@ from tests.peft_suite.obtain import TESTS, newest, obtain
 
 ROOT = Path(__file__).parents[2]
 PEFTS_FILES = ("custom_models", "config", "initialization", "mixed")
-OUR_FILES = ("patching", "equality", "checkpoints", "allocation")
+OUR_FILES = ("peft_patching", "peft_equality", "peft_checkpoints", "peft_allocation", "trainer")
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def _holds(version: str, build: Path, jobs: int) -> bool:
         if outcome == "hub-only":
             print(f"  {'needs' if '::' in test else 'can not be collected without'} the hub: {test}")
     if version != installed_version("peft"):  # under that one they run in make test
-        ours = [f"tests/integrations/test_peft_{name}.py" for name in OUR_FILES]
+        ours = [f"tests/integrations/test_{name}.py" for name in OUR_FILES]
         own = _run(version, folder, "own", jobs, ours, ROOT)
         found += [f"{test}: {outcome}" for test, outcome in own.outcomes.items() if outcome in ("failed", "hub-only")]
         print(f"PEFT {version}, our tests: {own.counts()}")
