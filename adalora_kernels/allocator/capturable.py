@@ -29,6 +29,9 @@ class Due(NamedTuple):
     reapply: Tensor
 
 
+_TENSORS = ("steps", "updates", "settled", "cleared", "budget", "threshold", "last_threshold")
+
+
 class DeviceClock:
     """The step, the tables of the schedule, and what the host would otherwise remember from step to step.
 
@@ -39,6 +42,7 @@ class DeviceClock:
             them at every step for the one step that resets, after which none reads them unless the host goes back.
         budget: int32 [1], of the last step that was begun.
         threshold: 0-d, of the last step that was finished; NaN where nothing was ranked.
+        last_threshold: 0-d, as ``ImportanceState.threshold``, of the last ranking; NaN before it.
     """
 
     def __init__(self, state: ImportanceState) -> None:
@@ -49,12 +53,13 @@ class DeviceClock:
         self.cleared = torch.zeros(1, dtype=torch.bool, device=device)
         self.budget = torch.zeros(1, dtype=torch.int32, device=device)
         self.threshold = state.scores.new_full((), torch.nan)
+        self.last_threshold = self.threshold.clone()
         self._schedule: BudgetSchedule | None = None
         self._at: int | None = None  # where the host has set the step, if nobody has counted since
 
     def tensors(self) -> list[Tensor]:
         """All that a step changes here."""
-        return [self.steps, self.updates, self.settled, self.cleared, self.budget, self.threshold]
+        return [getattr(self, name) for name in _TENSORS]
 
     def go_to(self, step: int, state: ImportanceState) -> None:
         """Make ``step`` the next one.
@@ -134,6 +139,7 @@ class DeviceClock:
         masked = again | (ranked if enabled is None else ranked & enabled)
         threshold = torch.where(ranked[0], state.mask(scores, lora_E, budget, masked, backend), torch.nan)
         self.threshold.copy_(threshold)
+        self.last_threshold.copy_(torch.where(ranked[0], threshold, self.last_threshold))
         self.settled.logical_or_(due.settle)
         if self._resets:
             state.scores.masked_fill_(due.reset, 0.0)
@@ -146,12 +152,14 @@ class DeviceClock:
     def write_back(self, state: ImportanceState) -> None:
         """Bring the state up to date with what is noted here. Waits for the device."""
         state.updates, state.settled = int(self.updates), bool(self.settled)
+        state.threshold = None if self.last_threshold.isnan() else self.last_threshold.clone()
         self._write_zeros(state)
 
     def follow_state(self, state: ImportanceState) -> None:
         """Take over what a checkpoint has put into the state."""
         self.updates.fill_(state.updates)
         self.settled.fill_(state.settled)
+        self.last_threshold.fill_(torch.nan if state.threshold is None else state.threshold)
         self.cleared.zero_()
 
     def _write_zeros(self, state: ImportanceState) -> None:
@@ -160,7 +168,7 @@ class DeviceClock:
 
     def move_to(self, device: torch.device) -> None:
         """Follow the parameters to another device."""
-        for name in ("steps", "updates", "settled", "cleared", "budget", "threshold"):
+        for name in _TENSORS:
             setattr(self, name, getattr(self, name).to(device))
         if self._schedule is not None:
             self._budgets, self._flags = self._budgets.to(device), self._flags.to(device)
