@@ -220,8 +220,8 @@ class PatchedDriver(AllocatorDriver):
         Driver.set_total_step(self, total_step)
 
     def resume(self, args: TrainingArguments, state: TrainerState) -> None:
-        """PEFT's ``load_adapter`` has done it, but DeepSpeed loads weights by itself."""
-        if self._engine_steps:
+        """PEFT's ``load_adapter`` has done it, but what shards parameters loads them by itself."""
+        if self._engine_steps or held_by_an_engine(self.allocator):
             super().resume(args, state)
 
     def step(self, model: nn.Module, global_step: int, skipped: bool) -> None:

@@ -47,7 +47,7 @@ def test_two_processes(tmp_path: Path) -> None:
     """DistributedDataParallel, where the main process writes, then DeepSpeed, whose engine steps in ``backward``."""
     from tests.integrations import trainer_jobs
 
-    first, second = worlds.run(2, tmp_path / "world", trainer_jobs.resumed, tmp_path / "run", timeout=180.0)
+    first, second = worlds.run(2, tmp_path / "world", trainer_jobs.resumed, tmp_path / "run", timeout=240.0)
     for ours, theirs in zip(first, second, strict=True):
         _assert_ranks_agree(ours, theirs)
     assert len(first) == 1 + (find_spec("deepspeed") is not None)
