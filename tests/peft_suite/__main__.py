@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version as installed_version
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.peft_suite.judge import Run, faults
@@ -30,6 +31,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--build", type=Path, default=ROOT / "build", help="where each PEFT gets a folder")
     arguments = parser.parse_args()
+    if find_spec("diffusers") is None:
+        parser.error("PEFT's tests import diffusers, which the test extra brings on Python 3.11 and newer: make setup")
     versions = dict.fromkeys(newest() if version == "newest" else version for version in arguments.versions)
     return int(any([not _holds(version, arguments.build.resolve(), arguments.jobs) for version in versions]))
 
