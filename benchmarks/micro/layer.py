@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from adalora_kernels import svd_linear
 from benchmarks.timing import Contestant, Sample, interleave, ratio
 
 ALPHA = 16.0
+AGAIN = "ours, once more"  # the same thing timed twice shows the noise
+Call = Callable[[Tensor], Tensor]
 
 
 class AddmmByHand(torch.autograd.Function):
@@ -54,17 +57,43 @@ def peft_layer(k: int, n: int, r: int) -> Any:
     return layer
 
 
+def lora_layer(base: nn.Linear, a: Tensor, e: Tensor, b: Tensor, c: float) -> nn.Module:
+    """PEFT's LoRA layer that computes the same as the adapter: A, and B diag(c E)."""
+    from peft import LoraConfig
+    from peft.tuners.lora.layer import Linear
+
+    r = a.shape[0]
+    layer = Linear(base, "default", LoraConfig(r=r, lora_alpha=r), r=r, lora_alpha=r)
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(a)
+        layer.lora_B["default"].weight.copy_(b * (c * e.view(-1)))
+    return layer.to(base.weight.dtype)
+
+
+def expression(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, e: Tensor, b: Tensor, c: float) -> Tensor:
+    """The original package's, which is PEFT's as well."""
+    return F.linear(x, w, bias) + (x @ (a * e).t() @ b.t()) * c
+
+
 def floor(k: int, n: int, r: int) -> float:
     """Arithmetic of forward and backward over that of the frozen linear: 1 + 1.5 R (1/K + 1/N)."""
     return 1 + 1.5 * r * (1 / k + 1 / n)
 
 
-def measure(k: int, n: int, m: int, r: int, dtype: torch.dtype, threads: int, rounds: int) -> dict[str, Any]:
+def measure(
+    k: int, n: int, m: int, r: int, dtype: torch.dtype, threads: int, rounds: int, compiled: bool = False
+) -> dict[str, Any]:
     """One case: K = k, N = n, M = m tokens, rank r. Inputs rotate through more memory than the caches hold.
 
+    Args:
+        k, n, m, r, dtype: as above.
+        threads: of the CPU.
+        rounds: timed rounds.
+        compiled: whether torch.compile of the original's expression and of ours take part.
+
     Returns:
-        A record: the case, the median milliseconds of each contestant, their ratios to the frozen linear, and the
-        floor.
+        A record: the case, the median milliseconds of each contestant, their ratios to the frozen linear, the floor,
+        and how far two contestants that are the same are apart.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -75,49 +104,69 @@ def measure(k: int, n: int, m: int, r: int, dtype: torch.dtype, threads: int, ro
     copies = max(2, -(-(96 << 20) // ((m * k + m * n) * dtype.itemsize)))
     xs = [torch.randn(m, k, dtype=dtype, requires_grad=True) for _ in range(copies)]
     gs = [torch.randn(m, n, dtype=dtype) for _ in range(copies)]
-    calls: dict[str, Callable[[Tensor], Tensor]] = {
+    a, e, b = adapter
+    lora = lora_layer(copy.deepcopy(base), a, e, b, c)
+
+    def ours(x: Tensor) -> Tensor:
+        return svd_linear(x, w, *adapter, bias=bias, scaling=c)
+
+    calls: dict[str, Call] = {
         "frozen": lambda x: F.linear(x, w, bias),
-        "ours": lambda x: svd_linear(x, w, *adapter, bias=bias, scaling=c),
+        "ours": ours,
         "peft": layer,
         "addmm_": lambda x: AddmmByHand.apply(x, w, bias, *adapter, c),
+        "PEFT LoRA": lora,
+        "original": lambda x: expression(x, w, bias, a, e, b, c),
+        AGAIN: ours,
     }
+    if compiled:
+        calls["original, torch.compile"] = torch.compile(calls["original"], fullgraph=True)
+        calls["ours, torch.compile"] = torch.compile(ours, fullgraph=True)
     check_equal(calls, xs[0], gs[0], adapter)
+    trained = [*adapter, *(p for p in lora.parameters() if p.requires_grad)]
 
-    def contestant(call: Callable[[Tensor], Tensor], offset: int) -> Contestant:
+    def contestant(call: Call, offset: int) -> Contestant:
         turn = [offset]
 
         def prepare() -> Callable[[], object]:
             i = turn[0] % copies
             turn[0] += 1
-            for t in (xs[i], *adapter):
+            for t in (xs[i], *trained):
                 t.grad = None
             return lambda: call(xs[i]).backward(gs[i])
 
         return prepare
 
     seconds = interleave({name: contestant(call, i) for i, (name, call) in enumerate(calls.items())}, rounds)
+    noise = abs(ratio(seconds[AGAIN], seconds["ours"]) - 1)
     return {
         "benchmark": "layer forward + backward",
         "case": {"K": k, "N": n, "M": m, "R": r, "dtype": str(dtype).removeprefix("torch."), "threads": threads},
         "milliseconds": {name: {q: 1e3 * v for q, v in vars(Sample.of(s)).items()} for name, s in seconds.items()},
-        "ratio_to_frozen": {name: ratio(s, seconds["frozen"]) for name, s in seconds.items()},
+        "ratio_to_frozen": {name: ratio(s, seconds["frozen"]) for name, s in seconds.items() if name != AGAIN},
+        "noise": noise,
         "flop_floor": floor(k, n, r),
         "rounds": rounds,
     }
 
 
-def check_equal(calls: dict[str, Callable[[Tensor], Tensor]], x: Tensor, g: Tensor, adapter: list[Tensor]) -> None:
+def check_equal(calls: dict[str, Call], x: Tensor, g: Tensor, adapter: list[Tensor]) -> None:
     """Every contestant but the frozen linear must compute the same thing, before any is timed."""
-    results = {}
-    for name in ("peft", "ours", "addmm_"):
-        y = calls[name](x)
-        results[name] = [y, *torch.autograd.grad(y, [x, *adapter], g)]
+    wanted = _results(calls["peft"], x, g, adapter)
     tolerance = 64 * torch.finfo(x.dtype).eps
-    for name in ("ours", "addmm_"):
-        for got, want in zip(results[name], results["peft"], strict=True):
+    for name, call in calls.items():
+        if name in ("frozen", "peft"):
+            continue
+        # LoRA has no Λ, and so other gradients of its own factors.
+        for got, want in zip(_results(call, x, g, [] if name == "PEFT LoRA" else adapter), wanted, strict=False):
             difference = (got - want).abs().max() / want.abs().max()
-            if difference > tolerance:
+            if not difference <= tolerance:
                 raise AssertionError(f"{name} differs from PEFT's layer by {difference:.2e}")
 
 
-__all__ = ["AddmmByHand", "floor", "measure", "peft_layer"]
+def _results(call: Call, x: Tensor, g: Tensor, adapter: list[Tensor]) -> list[Tensor]:
+    y = call(x)
+    return [y, *torch.autograd.grad(y, [x, *adapter], g)]
+
+
+__all__ = ["AGAIN", "AddmmByHand", "expression", "floor", "measure", "peft_layer"]

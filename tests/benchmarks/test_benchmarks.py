@@ -22,8 +22,9 @@ def threads() -> Iterator[None]:
 
 def test_layer_record() -> None:
     record = layer.measure(32, 48, 16, 4, torch.float32, 1, rounds=3)
-    assert set(record["ratio_to_frozen"]) == {"frozen", "ours", "peft", "addmm_"}
-    assert record["ratio_to_frozen"]["frozen"] == 1.0
+    assert set(record["ratio_to_frozen"]) == {"frozen", "ours", "peft", "addmm_", "PEFT LoRA", "original"}
+    assert record["ratio_to_frozen"]["frozen"] == 1.0 and record["noise"] >= 0
+    assert record["milliseconds"].keys() - record["ratio_to_frozen"].keys() == {layer.AGAIN}
     assert record["flop_floor"] == pytest.approx(1 + 1.5 * 4 * (1 / 32 + 1 / 48))
     assert "32x48 M=16" in cpu.show(record)
 
