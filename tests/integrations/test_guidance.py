@@ -172,6 +172,12 @@ def test_own_choices_replace_what_is_recommended() -> None:
     assert len(names) == 4 and all("q_proj" in name or "v_proj" in name for name in names)
 
 
+def test_orthogonality_is_weighed_by_the_loss() -> None:
+    base = build("llama").unload()
+    assert recommended_config(base, 100, 2, reducible_loss=0.02).orth_reg_weight == pytest.approx(0.002)
+    assert recommended_config(base, 100, 2, reducible_loss=0.02, orth_reg_weight=0.3).orth_reg_weight == 0.3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -185,6 +191,8 @@ def test_own_choices_replace_what_is_recommended() -> None:
         ({"total_step": "auto"}, "total_step: expected"),
         ({"target_modules": ["nowhere"]}, r"target_modules: .* got \['nowhere'\]"),
         ({"target_modules": []}, "target_modules: expected names"),
+        ({"reducible_loss": 0}, "reducible_loss: expected a positive number, got 0"),
+        ({"reducible_loss": float("inf")}, "reducible_loss: expected"),
         ({"model": nn.ReLU()}, "model: expected linear layers to adapt"),
     ],
 )
