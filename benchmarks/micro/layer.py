@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from adalora_kernels import svd_linear
 from benchmarks.timing import Contestant, Sample, interleave, ratio
 
+NAME = "layer forward + backward"
 ALPHA = 16.0
 AGAIN = "ours, once more"  # the same thing timed twice shows the noise
 Call = Callable[[Tensor], Tensor]
@@ -140,7 +141,7 @@ def measure(
     seconds = interleave({name: contestant(call, i) for i, (name, call) in enumerate(calls.items())}, rounds)
     noise = abs(ratio(seconds[AGAIN], seconds["ours"]) - 1)
     return {
-        "benchmark": "layer forward + backward",
+        "benchmark": NAME,
         "case": {"K": k, "N": n, "M": m, "R": r, "dtype": str(dtype).removeprefix("torch."), "threads": threads},
         "milliseconds": {name: {q: 1e3 * v for q, v in vars(Sample.of(s)).items()} for name, s in seconds.items()},
         "ratio_to_frozen": {name: ratio(s, seconds["frozen"]) for name, s in seconds.items() if name != AGAIN},
@@ -169,4 +170,4 @@ def _results(call: Call, x: Tensor, g: Tensor, adapter: list[Tensor]) -> list[Te
     return [y, *torch.autograd.grad(y, [x, *adapter], g)]
 
 
-__all__ = ["AGAIN", "AddmmByHand", "expression", "floor", "measure", "peft_layer"]
+__all__ = ["AGAIN", "NAME", "AddmmByHand", "expression", "floor", "measure", "peft_layer"]

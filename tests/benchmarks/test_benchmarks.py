@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import cpu
-from benchmarks.micro import budget_engine, layer
+from benchmarks.micro import budget_engine, growth, layer
+from benchmarks.records import complaints
+from benchmarks.step import models
+from benchmarks.step.measure import measure as measure_step
 from benchmarks.timing import Sample, interleave, ratio
 
 
@@ -45,11 +49,35 @@ def test_budget_engine_record() -> None:
 
 def test_misses_are_named() -> None:
     case: dict[str, Any] = {"K": 8, "N": 8, "M": 8, "R": 1, "dtype": "float32", "threads": 1}
-    slow = {"case": case, "flop_floor": 1.0, "ratio_to_frozen": {"ours": 1.2, "peft": 1.1, "addmm_": 1.1}}
-    engine = {"case": case, "peft_over_ours": {cpu.ENGINE: 9.9}}
-    assert len(cpu.misses([slow, engine])) == 3
-    fine = {"case": case, "flop_floor": 1.0, "ratio_to_frozen": {"ours": 1.05, "peft": 1.1, "addmm_": 1.1}}
-    assert cpu.misses([fine, {"case": case, "peft_over_ours": {cpu.ENGINE: 10.1}}]) == []
+    ratios = {"ours": 1.2, "peft": 1.1, "addmm_": 1.1}
+    slow = {"benchmark": layer.NAME, "case": case, "flop_floor": 1.0, "ratio_to_frozen": ratios}
+    engine = {"benchmark": "engine", "case": case, "peft_over_ours": {cpu.ENGINE: 9.9}}
+    step = {"benchmark": "training step", "case": case, "peft_over_ours": {"ours": 0.99, cpu.ENGINE: 1.2}}
+    assert len(cpu.misses([slow, engine, step])) == 5
+    fine = slow | {"ratio_to_frozen": {"ours": 1.05, "peft": 1.1, "addmm_": 1.1}}
+    steps = step | {"peft_over_ours": {"ours": 1.01, cpu.ENGINE: 1.2}}
+    assert cpu.misses([fine, engine | {"peft_over_ours": {cpu.ENGINE: 10.1}}, steps]) == []
+
+
+def test_pruned_rank_record() -> None:
+    record = growth.measure_pruned(3, 1, rounds=2)
+    assert set(record["ratio_to_frozen"]) == {"frozen", "ours, pruned", "ours, compacted"}
+    assert "3 live" in cpu.show(record)
+    assert list(complaints({"environment": cpu.environment(), "records": [record]})) == []
+
+
+def test_records_are_as_the_schema_says() -> None:
+    step = next(m for m in models.SMALL if "Llama" in m.name)
+    records = [
+        layer.measure(32, 48, 16, 4, torch.float32, 1, rounds=2),
+        measure_step(replace(step, rows=2, columns=8), 4, torch.float32, "cpu", 1, rounds=2, warmup=0),
+    ]
+    content = {"environment": cpu.environment(), "records": records}
+    assert list(complaints(content)) == []
+    assert all(cpu.show(record) for record in records)
+    records[0]["milliseconds"]["ours"]["p20"] = float("nan")
+    del records[1]["case"]
+    assert len(list(complaints(content))) == 2
 
 
 def test_interleaving_rotates_and_times_only_the_run() -> None:
