@@ -1,21 +1,27 @@
-"""What a training step costs that is no time: operators that reach the dispatcher, and bytes kept for the backward.
+"""``python -m benchmarks.step.counts``: what a training step costs that is no time, written to results/counts.json.
 
-The same on every machine that has the same versions, so that a test can hold them. An operator that loops over tensors
-(``torch._foreach_*``, ours over all layers) counts once for each tensor of its first list.
+Operators that reach the backends (views aside), and bytes kept for the backward: the same on every machine with the
+same versions, so that a test holds them. torch's operators over lists of tensors count once for each tensor; ours, one
+sweep over all layers, once.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.cpu import environment
+from benchmarks.records import write
 from benchmarks.step.measure import saved_bytes
-from benchmarks.step.models import Model, described
+from benchmarks.step.models import SMALL, Model, described
 from benchmarks.step.systems import OURS_AGAIN, PHASES, systems
 
+RESULTS = Path(__file__).parents[1] / "results" / "counts.json"
 RANK = 12
+DECISIVE = ("torch", "transformers", "peft")  # with other versions of these other operators run
 
 
 class _Counter(TorchDispatchMode):
@@ -26,15 +32,11 @@ class _Counter(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.name()
-        loops = name.startswith("aten::_foreach_") or name.startswith("aten::_fused_")
-        self.count += len(args[0]) if loops else not _is_view(function)
+        if function.name().startswith(("aten::_foreach_", "aten::_fused_")):
+            self.count += len(args[0])
+        elif not function.is_view:  # views cost the host a little and the device nothing
+            self.count += 1
         return function(*args, **(kwargs or {}))
-
-
-def _is_view(function: Any) -> bool:
-    """Views cost the host a little and the device nothing."""
-    return bool(function.is_view)
 
 
 def count(model: Model) -> dict[str, Any]:
@@ -66,4 +68,14 @@ def count(model: Model) -> dict[str, Any]:
     }
 
 
-__all__ = ["count"]
+def main() -> None:
+    """Write the record."""
+    write(RESULTS, {"environment": environment(), "records": [count(model) for model in SMALL]})
+    print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
+
+
+__all__ = ["DECISIVE", "RESULTS", "count"]
