@@ -7,7 +7,7 @@ ifeq ($(shell uname),Linux)
 SECOND_TRITON := build/triton-3.6
 endif
 
-.PHONY: setup demo test test-peft lint bench gpu tune clean
+.PHONY: setup demo test test-peft lint bench paper gpu tune clean
 
 setup: .venv/.installed $(SECOND_TRITON:=/.installed)
 
@@ -41,6 +41,10 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.cpu
+
+# The paper's methods on tasks that need no hub, in paper-runs; begun again, it goes on where it was cut off.
+paper: setup
+	$(BIN)/python -m benchmarks.paper stand-ins
 
 # On a machine with a GPU, with its own python3 and packages. DRY=1 interprets tiny shapes; PART=i/n is a share of the
 # full sweep, PART=questions what decides between designs.
