@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 FOLDER = os.environ.get("ADALORA_SECOND_TRITON", "")
-FILES = ["test_launch.py", *sorted(path.name for path in Path(__file__).parent.glob("test_compile*.py"))]
+HERE = Path(__file__).parent
+LONGEST = HERE / "test_compile.py"
+REST = [HERE / "test_launch.py", *sorted(path for path in HERE.glob("test_compile*.py") if path != LONGEST)]
 
 pytestmark = pytest.mark.skipif(not FOLDER, reason="ADALORA_SECOND_TRITON names no folder")
 
@@ -33,12 +35,11 @@ def test_it_is_another_version() -> None:
     assert found.stdout.startswith("3.6."), found.stdout + found.stderr
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_under_the_second_triton(file: str) -> None:
-    """Every test of the file passes; where one fails, the report is the child's."""
-    options = ["-p", "no:cacheprovider", "-q", "--tb=short"]
-    done = child("-m", "pytest", *options, str(Path(__file__).with_name(file)))
+@pytest.mark.parametrize("files", [[LONGEST], REST], ids=["longest", "rest"])
+def test_under_the_second_triton(files: list[Path]) -> None:
+    """Every test of the files passes; where one fails, the report is the child's."""
+    done = child("-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=short", *map(str, files))
     report = done.stdout + done.stderr
     if done.returncode != 0:
-        pytest.fail(f"{file} exited with {done.returncode}:\n{report}", pytrace=False)
+        pytest.fail(f"exited with {done.returncode}:\n{report}", pytrace=False)
     assert re.search(r"\d+ passed", report) and "skipped" not in report, report
