@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
+
+_TALKATIVE = ("torchao", "bitsandbytes", "DeepSpeed", "torch.utils._pytree")
 
 
 def require_extra(command: str, extra: str, modules: tuple[str, ...]) -> None:
@@ -19,4 +22,10 @@ def require_extra(command: str, extra: str, modules: tuple[str, ...]) -> None:
         )
 
 
-__all__ = ["require_extra"]
+def quiet_optional_packages() -> None:
+    """Keep what PEFT and transformers import beside themselves from talking into a command's output, but for errors."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+__all__ = ["quiet_optional_packages", "require_extra"]

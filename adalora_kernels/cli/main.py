@@ -13,7 +13,7 @@ import torch
 
 from adalora_kernels import __version__
 from adalora_kernels.backends.select import ENVIRONMENT_VARIABLE, Backend, parse
-from adalora_kernels.cli.extras import require_extra
+from adalora_kernels.cli.extras import quiet_optional_packages, require_extra
 
 _MODULES = {
     "env": "adalora_kernels.cli.env",
@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"adalora-kernels: {ENVIRONMENT_VARIABLE}: {error}") from None
     if arguments.command in _EXTRAS:
         require_extra(arguments.command, *_EXTRAS[arguments.command])
+    quiet_optional_packages()
     status: int = import_module(_MODULES[arguments.command]).main(arguments)
     return status
 
