@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,20 @@ from adalora_kernels.ops.adamw import Importance, adamw_update, total_norm
 from adalora_kernels.ops.shards import are_sharded
 
 
+class _Held(NamedTuple):
+    """What one device's sweep reads and writes beside parameters and importance.
+
+    Attributes:
+        moments: [2, elements], of the adapters there, in fp32 (fp64 for fp64 parameters).
+        steps: float32 [parameters], how often each was stepped.
+        groups: int64 [parameters], the parameter group of each.
+    """
+
+    moments: Tensor
+    steps: Tensor
+    groups: Tensor
+
+
 class AdaLoraAdamW(torch.optim.AdamW):
     """A drop-in for ``torch.optim.AdamW`` that scores and masks the adapters of a model as it steps them.
 
@@ -28,6 +42,7 @@ class AdaLoraAdamW(torch.optim.AdamW):
 
     Both moments of all adapters lie in one flat tensor, of which ``state[p]["exp_avg"]`` and ``["exp_avg_sq"]`` are
     views: checkpoints are torch's, in both directions. They are fp32 for 16-bit parameters, where torch's are 16-bit.
+    Adapters on several devices have one such tensor, and one sweep, on each.
 
     Args:
         params: as for ``torch.optim.AdamW``, all of the allocator's adapters that train among them.
@@ -75,14 +90,14 @@ class AdaLoraAdamW(torch.optim.AdamW):
         self.allocator = allocator
         self.max_grad_norm = max_grad_norm
         self.backend = parse(backend)
-        averages = allocator.importance.averages
-        select("adamw", averages.device.type, averages.dtype, 0, self.backend)
+        for state in allocator.importance.per_device():
+            select("adamw", state.live.device.type, state.scores.dtype, 0, self.backend)
         self._adapters: list[nn.Parameter] = []
         self._adopt({})
 
     def _adopt(self, moments: Mapping[Tensor, dict[str, Any]]) -> None:
         """Lay out the moments of the allocator's parameters as they are now, with what is known of them."""
-        layout, like = self.allocator.importance.layout, self.allocator.importance.averages
+        state = self.allocator.importance
         self._adapters = [p for t in self.allocator.triplets for p in t.parameters]
         if are_sharded(self._adapters):
             raise ValueError(
@@ -93,28 +108,34 @@ class AdaLoraAdamW(torch.optim.AdamW):
             raise ValueError("params: expected adapters of their own for each layer, got one that several share")
         if self.allocator.clock is not None:
             for group in self.param_groups:
-                group["lr"] = _on_device(group["lr"], like.device)
+                group["lr"] = _on_device(group["lr"], state.live.device)
         self._table: tuple[list[list[float]], Tensor] | None = None
-        self._moments = like.new_zeros(2, layout.total_elements)
-        self._steps = torch.zeros(len(self._adapters), dtype=torch.float32, device=like.device)
         rows = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        self._groups = torch.tensor([rows.get(p, 0) for p in self._adapters], device=like.device)
-        self._held = [p in rows for p in self._adapters]
-        self._holds_all = all(self._held)
+        self._is_held = [p in rows for p in self._adapters]
+        self._holds_all = all(self._is_held)
         adapters = set(self._adapters)
-        kept: dict[Tensor, dict[str, Any]] = {}
         self._others = [[p for p in group["params"] if p not in adapters] for group in self.param_groups]
-        for i, p in enumerate(self._adapters):
-            if not self._held[i]:
-                continue
-            first, second = self._moments[:, layout.offsets[i] : layout.offsets[i + 1]].view(2, *p.shape)
-            views = {"step": self._steps[i], "exp_avg": first, "exp_avg_sq": second}
-            for name, value in moments.get(p, {}).items():
-                if name in views:
-                    views[name].copy_(value)
-            kept[p] = views
+        self._held: list[_Held] = []
+        kept: dict[Tensor, dict[str, Any]] = {}
+        for here, params in zip(state.per_device(), state.split(self._adapters), strict=True):
+            held = _Held(
+                here.averages.new_zeros(2, here.layout.total_elements),
+                torch.zeros(len(params), dtype=torch.float32, device=here.live.device),
+                torch.tensor([rows.get(p, 0) for p in params], device=here.live.device),
+            )
+            self._held.append(held)
+            parts = held.moments.split(here.layout.sizes, 1)
+            for p, part, step in zip(params, parts, held.steps, strict=True):
+                if p not in rows:
+                    continue
+                first, second = part.view(2, *p.shape)
+                kept[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+                for name, value in moments.get(p, {}).items():
+                    if name in kept[p]:
+                        kept[p][name].copy_(value)
         self.state.update(kept)
-        # By which a later step sees that groups were exchanged, or state by copies of it.
+        # By which a later step sees that adapters were moved, groups exchanged, or state by copies of it.
+        self._laid_for = state
         self._laid_out = [id(group) for group in self.param_groups]
         self._moments_shown = [(p, views["exp_avg"]) for p, views in (*kept.items(),)[:1]]
 
@@ -122,7 +143,9 @@ class AdaLoraAdamW(torch.optim.AdamW):
         """The adapters' parameters, laid out anew where one was replaced."""
         params = [registry[key] for t in self.allocator.triplets for registry, key in t.slots]
         same = len(params) == len(self._adapters) and all(map(is_, params, self._adapters))
-        same &= self._laid_out == [id(group) for group in self.param_groups]
+        same &= self._laid_for is self.allocator.importance and self._laid_out == [
+            id(group) for group in self.param_groups
+        ]
         same &= all(self.state.get(p, {}).get("exp_avg") is shown for p, shown in self._moments_shown)
         if not same:
             self._adopt({p: self.state[p] for p in params if p in self.state})
@@ -145,23 +168,23 @@ class AdaLoraAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         allocator, params = self.allocator, self._current()
-        if not self._holds_all and any(p.requires_grad and not h for p, h in zip(params, self._held, strict=True)):
+        if not self._holds_all and any(p.requires_grad and not h for p, h in zip(params, self._is_held, strict=True)):
             raise ValueError("params: expected all adapters of the allocator; those left out would be pruned")
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and allocator.clock is not None:
             raise ValueError("capturable: expected False under a GradScaler, got True")
         turn = allocator.begin(params=params)
         if found_inf is not None and found_inf.item():
-            skipped = torch.zeros(1, dtype=torch.bool, device=self._moments.device)
+            skipped = torch.zeros(1, dtype=torch.bool, device=allocator.importance.live.device)
             allocator.note(turn.step, (turn.budget, allocator.finish(turn, skipped)))
             return loss
         grads = [p.grad for p in params]
         if not self._holds_all:
-            grads = [g if held else None for g, held in zip(grads, self._held, strict=True)]
+            grads = [g if held else None for g, held in zip(grads, self._is_held, strict=True)]
         others = [[p for p in some if p.grad is not None] for some in self._others]
         if turn.plan.update and not any(g is not None for g in grads):
             raise ValueError("params: expected gradients of the adapters, found none; call step() after backward()")
-        scale = self._gradient_scale([g for g in grads if g is not None] + [p.grad for some in others for p in some])
+        scale = self._gradient_scale(grads, [p.grad for some in others for p in some])
         before = None if turn.due is None else position(allocator.importance)
         finite = self._sweep(turn, grads, scale)
         if turn.due is not None and before is not None:
@@ -172,16 +195,27 @@ class AdaLoraAdamW(torch.optim.AdamW):
         allocator.note(turn.step, (turn.budget, allocator.finish(turn, finite)))
         return loss
 
-    def _gradient_scale(self, grads: list[Any]) -> Tensor:
-        """What gradients are multiplied by: clipping and unscaling, fp64 [1]."""
-        scale = torch.ones(1, dtype=torch.float64, device=self._moments.device)
+    def _gradient_scale(self, grads: Sequence[Tensor | None], others: Sequence[Tensor]) -> Tensor:
+        """What gradients are multiplied by: clipping and unscaling, fp64 [1] on the first layer's device."""
+        scale = torch.ones(1, dtype=torch.float64, device=self._held[0].moments.device)
         loss_scale = getattr(self, "grad_scale", None)
         if loss_scale is not None:
-            scale = scale / loss_scale.double()
-        if self.max_grad_norm is not None and grads:
-            norm = total_norm(grads, backend=self.backend) * scale
-            scale = scale * torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
+            scale = scale / loss_scale.to(scale)
+        if self.max_grad_norm is not None and (norms := self._norms(grads, others)):
+            norm = norms[0] if len(norms) == 1 else torch.cat([n.to(scale.device) for n in norms]).square().sum().sqrt()
+            scale = scale * torch.clamp(self.max_grad_norm / (norm * scale + 1e-6), max=1.0)
         return scale
+
+    def _norms(self, grads: Sequence[Tensor | None], others: Sequence[Tensor]) -> list[Tensor]:
+        """The norm of each device's gradients."""
+        devices = [held.moments.device for held in self._held]
+        found = [[g for g in some if g is not None] for some in self.allocator.importance.split(grads)]
+        for g in others:
+            if g.device not in devices:
+                devices.append(g.device)
+                found.append([])
+            found[devices.index(g.device)].append(g)
+        return [total_norm(some, backend=self.backend) for some in found if some]
 
     def _settings(self) -> Tensor:
         """Lr, weight decay, β₁, β₂, ε of each group, fp64: on the CPU, or on the device where that has the lr."""
@@ -190,7 +224,7 @@ class AdaLoraAdamW(torch.optim.AdamW):
             rows = [[float(g["lr"]), *row[1:]] for g, row in zip(self.param_groups, rows, strict=True)]
             return torch.tensor(rows, dtype=torch.float64)
         if self._table is None or self._table[0] != rows:
-            self._table = rows, torch.tensor(rows, dtype=torch.float64, device=self._moments.device)
+            self._table = rows, torch.tensor(rows, dtype=torch.float64, device=self._held[0].moments.device)
         table = self._table[1]
         for row, group in zip(table, self.param_groups, strict=True):
             group["lr"] = _on_device(group["lr"], table.device)
@@ -198,26 +232,28 @@ class AdaLoraAdamW(torch.optim.AdamW):
         return table
 
     def _sweep(self, turn: Turn, grads: list[Tensor | None], scale: Tensor) -> Tensor | None:
-        state, importance = self.allocator.importance, None
+        state = self.allocator.importance
         # What the sweep clips or unscales, the backward has not seen so.
         final = self.max_grad_norm is None and getattr(self, "grad_scale", None) is None
         taken = self.allocator.fused_update(turn, final)
-        if turn.plan.update and taken is None:
-            betas = self.allocator.beta1, self.allocator.beta2
-            importance = Importance(state.averages, state.half, state.scores, *betas, self.allocator.pre_step)
-        finite = adamw_update(
-            state.layout,
-            turn.params,
-            grads,
-            self._moments,
-            self._steps,
-            self._groups,
-            self._settings(),
-            scale,
-            importance,
-            backend=self.backend,
-        )
-        return taken if importance is None else finite
+        scores = turn.plan.update and taken is None
+        options = self.allocator.beta1, self.allocator.beta2, self.allocator.pre_step
+        settings, finite = self._settings(), []
+        spread = state.per_device(), self._held, state.split(turn.params), state.split(grads)
+        for here, held, params, some in zip(*spread, strict=True):
+            finite.append(
+                adamw_update(
+                    here.layout,
+                    params,
+                    some,
+                    *held,
+                    settings,
+                    scale.to(held.moments.device),
+                    Importance(here.averages, here.half, here.scores, *options) if scores else None,
+                    backend=self.backend,
+                )
+            )
+        return state.agree(finite) if scores else taken
 
     def _step_others(self, group: dict[str, Any], params: list[nn.Parameter], scale: Tensor) -> None:
         """torch's own step of what is no adapter."""

@@ -12,6 +12,7 @@ from adalora_kernels.allocator.attach import Attachment, innermost
 from adalora_kernels.allocator.compact import Rows, check_carriable, refuse_wrapped, shrink, spread
 from adalora_kernels.allocator.engine import BudgetEngine, Turn
 from adalora_kernels.allocator.fused import FusedImportance
+from adalora_kernels.allocator.placement import state_of
 from adalora_kernels.allocator.state import check_keys
 from adalora_kernels.allocator.watch import called, watch
 from adalora_kernels.allocator.zero import ZeroAttachment, zero_optimizer
@@ -23,8 +24,8 @@ class RankAllocator(BudgetEngine):
     """Scores every singular triplet of a model and zeroes the least important ones down to a budget.
 
     Either ``attach(optimizer)`` once, or call ``update_and_mask(model, step)`` after each ``optimizer.step()`` and
-    before ``zero_grad()``, with steps counted from 0. Everything but the schedule stays on the parameters' device; no
-    step waits for the device.
+    before ``zero_grad()``, with steps counted from 0. Everything but the schedule stays on the parameters' devices, of
+    which there may be several (``device_map="auto"``): scores meet on the first layer's. No step waits for a device.
 
     A step with a gradient that is not finite leaves averages, pattern and E as they were. A parameter without a
     gradient keeps its averages.
@@ -58,8 +59,8 @@ class RankAllocator(BudgetEngine):
         kept: for each layer, which of its first rows ``compact`` has left; None before that.
 
     Raises:
-        ValueError: a model without such layers, layers on several devices, or a setting out of its range; named in the
-            message.
+        ValueError: a model without such layers, a layer on several devices (or layers, with ``capturable``), or a
+            setting out of its range; named in the message.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class RankAllocator(BudgetEngine):
             global_step: the optimizer step that was just made, counted from 0.
 
         Returns:
-            The budget at this step, and the threshold, 0-d on the parameters' device, or None if nothing was ranked.
+            The budget at this step, and the threshold, 0-d on the first layer's device, or None if nothing was ranked.
             (The original returns a Python number, which waits for the device.)
 
         Raises:
@@ -217,15 +218,15 @@ class RankAllocator(BudgetEngine):
 
         Raises:
             RuntimeError: the backend of importance has no such update on this device (Triton's and CUDA's have none).
-            ValueError: another variant, whose importance reads the parameters after the step.
+            ValueError: another variant, which reads the parameters after the step; or layers on several devices.
         """
         if not self.pre_step:
             raise ValueError(f"variant: expected 'paper', which alone scores before the step, got {self.variant!r}")
-        averages = self.importance.averages
-        chosen = select("importance", averages.device.type, averages.dtype, 0, self.backend).backend
-        if enabled and not offers_layer(chosen, averages.device.type):
+        scores = self.importance.scores
+        chosen = select("importance", scores.device.type, scores.dtype, 0, self.backend).backend
+        if enabled and not offers_layer(chosen, scores.device.type):
             raise RuntimeError(
-                f"backend {chosen.value!r} can't fuse importance into a backward on {averages.device.type}"
+                f"backend {chosen.value!r} can't fuse importance into a backward on {scores.device.type}"
             )
         if self.fused is not None:
             self.fused.stop()
@@ -321,7 +322,7 @@ class RankAllocator(BudgetEngine):
         if self.fused is not None:  # nothing more is taken in the final phase
             self.fuse_backward(False)
         shrink(self.model, self.triplets, rows, optimizer)
-        self.importance = self.importance.shrunk(self.triplets, rows)
+        self.importance = self.importance.shrunk(state_of(self.triplets), rows)
         self.kept = self._spread(rows)
 
     def _final_rows(self) -> Rows:

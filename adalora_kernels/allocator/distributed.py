@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from adalora_kernels.allocator.state import ImportanceState
-from adalora_kernels.allocator.triplets import Triplet, layout_of
 from adalora_kernels.backends.select import Backend
 from adalora_kernels.ops.allocation import mask_to_budget, zero_pruned
 from adalora_kernels.ops.checks import floating_state_dtype
 from adalora_kernels.ops.importance import importance_update, triplet_scores
-from adalora_kernels.ops.shards import Rectangle, Shards, are_sharded, local_part, shards_of
+from adalora_kernels.ops.shards import Rectangle, Shards, local_part
 from adalora_kernels.reference.importance import TripletLayout, magnitude_scores
 
 _A, _E, _B = range(3)
+_OWN_TENSORS = ("_partial", "_zeros", "_unsharded_E", "_places", "_places_E")
 
 
 class _Block(NamedTuple):
@@ -88,6 +88,7 @@ class ShardedState(ImportanceState):
         self.live = torch.ones(layout.total_rank, dtype=torch.bool, device=device)
         self.updates = 0
         self.settled = False
+        self.threshold = None
         self._partial = self.averages.new_zeros(self._local.total_rank)
         self._zeros = self.averages.new_zeros(max((r for r, _, _ in self._local.shapes), default=0))
         self._unsharded_E = self.averages.new_zeros(layout.total_rank, 1)
@@ -233,9 +234,9 @@ class ShardedState(ImportanceState):
 
     def move_to(self, device: torch.device) -> None:
         """Follow the parameters to another device."""
-        super().move_to(device)
-        for name in ("_partial", "_zeros", "_unsharded_E", "_places", "_places_E"):
+        for name in ("averages", "half", "scores", "live", *_OWN_TENSORS):
             setattr(self, name, getattr(self, name).to(device))
+        self.threshold = None if self.threshold is None else self.threshold.to(device)
         self._shares = {reduction: shares.to(device) for reduction, shares in self._shares.items()}
 
 
@@ -252,30 +253,4 @@ def _joined(tensors: list[Tensor], device: torch.device) -> Tensor:
     return torch.cat(tensors).to(device) if tensors else torch.zeros(0, dtype=torch.int64, device=device)
 
 
-def state_of(triplets: Sequence[Triplet]) -> ImportanceState:
-    """A new state of these layers, sharded as their parameters are."""
-    params: list[Tensor] = [p for t in triplets for p in t.parameters]
-    if not are_sharded(params):
-        return ImportanceState(list(triplets))
-    return ShardedState(layout_of(list(triplets)), shards_of(params), [local_part(p) for p in params])
-
-
-def follow_shards(state: ImportanceState, triplets: Sequence[Triplet], params: Sequence[Tensor]) -> ImportanceState:
-    """The state, or its parts for this rank where the parameters were sharded since it was made.
-
-    Raises:
-        ValueError: the state is of shards, and the parameters are whole.
-    """
-    if are_sharded(params) == isinstance(state, ShardedState):
-        return state
-    if isinstance(state, ShardedState):
-        raise ValueError(
-            "model: expected its sharded parameters, found gathered ones; where set_reshard_after_backward(False) was "
-            "called, call reshard() before optimizer.step()"
-        )
-    sharded = state_of(triplets)
-    sharded.load_state_dict(state.state_dict())
-    return sharded
-
-
-__all__ = ["ShardedState", "follow_shards", "state_of"]
+__all__ = ["ShardedState"]

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from adalora_kernels.allocator.agreement import Agreement
 from adalora_kernels.allocator.capturable import DeviceClock, Due, go_back_unless, position
-from adalora_kernels.allocator.distributed import ShardedState, follow_shards, state_of
+from adalora_kernels.allocator.distributed import ShardedState
 from adalora_kernels.allocator.fused import FusedImportance
+from adalora_kernels.allocator.placement import follow_devices, follow_shards, state_of
 from adalora_kernels.allocator.schedule import VARIANTS, BudgetSchedule, StepPlan
 from adalora_kernels.allocator.tensorboard import write_scalars
-from adalora_kernels.allocator.triplets import Triplet, find_triplets, no_triplets
+from adalora_kernels.allocator.triplets import Triplet, find_triplets, no_triplets, refuse_several_devices
 from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.reference.importance import REDUCTIONS
 
@@ -94,9 +95,12 @@ class BudgetEngine:
         self.variant, self.metric, self.reduction = variant, metric, reduction
         self.backend = parse(backend)
         self.triplets = self._find(model)
+        if capturable:
+            refuse_several_devices("capturable=True", self.triplets)
         self.importance = state_of(self.triplets)
-        for op in ("importance", "allocation"):  # a backend that can't run says so here rather than in mid-training
-            select(op, self.importance.live.device.type, self.importance.averages.dtype, 0, self.backend)
+        for state in self.importance.per_device():
+            for op in ("importance", "allocation"):  # a backend that can't run says so here, not in mid-training
+                select(op, state.live.device.type, state.scores.dtype, 0, self.backend)
         self._global_step = self._next_step = 0
         self.clock = DeviceClock(self.importance) if capturable else None
         self.captured = False
@@ -155,23 +159,30 @@ class BudgetEngine:
         triplets = find_triplets(model, self.adapter)
         if not triplets:
             raise no_triplets(model, self.adapter)
-        devices = sorted({str(p.device) for t in triplets for p in t.parameters})
-        if len(devices) > 1:
-            raise ValueError(f"model: expected its adapters on one device, found them on {', '.join(devices)}")
+        for t in triplets:
+            devices = sorted({str(p.device) for p in t.parameters})
+            if len(devices) > 1:
+                raise ValueError(
+                    f"model: expected A, E and B of each layer on one device, found those of {t.name} on "
+                    f"{', '.join(devices)}; move the layer as a whole"
+                )
         return triplets
 
     def bind(self, model: nn.Module) -> None:
         """Follow ``model``'s parameters from now on: a copy of the same layers, or layers whose parameters were
-        replaced.
+        replaced or moved.
 
         Raises:
-            ValueError: its layers have other shapes; nothing changes.
+            ValueError: its layers have other shapes, or lie on several devices with ``capturable`` or
+                ``fuse_backward``; nothing changes.
         """
         triplets = self._find(model)
         if [t.shape for t in triplets] != list(self.importance.layout.shapes):
             raise ValueError("model: expected the layers that this allocator was made for, found other shapes")
+        if self.clock is not None or self.fused is not None:
+            refuse_several_devices("capturable=True or fuse_backward()", triplets)
         self.model, self.triplets = model, triplets
-        self.importance.move_to(triplets[0].lora_E.device)
+        self.importance = follow_devices(self.importance, triplets)
         if self.clock is not None:
             self.clock.move_to(triplets[0].lora_E.device)
 
@@ -264,7 +275,7 @@ class BudgetEngine:
                 gradient counts, and the masks follow the averages alone.
 
         Returns:
-            The threshold, 0-d on the parameters' device, or None if nothing was ranked.
+            The threshold, 0-d on the first layer's device, or None if nothing was ranked.
         """
         plan, state, due = turn.plan, self.importance, turn.due
         if due is not None and self.clock is not None:
@@ -300,7 +311,7 @@ class BudgetEngine:
 
     def explain_importance(self) -> tuple[str, str, str]:
         """Backend, plan and reason of the importance update, for ``explain``."""
-        chosen = select("importance", self.importance.live.device.type, self.importance.averages.dtype, 0, self.backend)
+        chosen = select("importance", self.importance.live.device.type, self.importance.scores.dtype, 0, self.backend)
         if self.fused is None:
             when = "before" if self.pre_step else "after"
             return chosen.backend.value, chosen.plan, f"{chosen.reason}; launched {when} the optimizer's step"

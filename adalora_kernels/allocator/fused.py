@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from adalora_kernels.allocator.triplets import refuse_several_devices
 from adalora_kernels.ops.importance import OrthogonalityShare, importance_layer, listen, sink_of
 from adalora_kernels.ops.orthogonality import Term, when_backward_ends
 
@@ -62,9 +63,13 @@ class FusedImportance:
 
     Attributes:
         outcome: what became of the last step that took gradients, in words.
+
+    Raises:
+        ValueError: layers on several devices.
     """
 
     def __init__(self, engine: BudgetEngine) -> None:
+        refuse_several_devices("fuse_backward()", engine.triplets)
         self._engine = engine
         self.outcome = "no step yet"
         self._step = _Step()

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from adalora_kernels.allocator.compact import Rows
-from adalora_kernels.allocator.triplets import Triplet, layout_of
+from adalora_kernels.allocator.triplets import Triplet, layout_of, places_of
 from adalora_kernels.backends.select import Backend
 from adalora_kernels.ops.allocation import mask_to_budget, zero_pruned
 from adalora_kernels.ops.checks import floating_state_dtype
 from adalora_kernels.ops.importance import importance_update, triplet_scores
 from adalora_kernels.reference.importance import magnitude_scores
 
+Item = TypeVar("Item")
+
 
 class ImportanceState:
     """Averages, scores and pattern of all triplets, flat, on the parameters' device.
 
+    Args:
+        triplets: the layers, all on one device.
+        dtype: of averages and scores; None for that of the parameters.
+
     Attributes:
         layout: where each layer's parameters and triplets lie.
+        places: of the layers, as ``triplets.places_of`` has them.
         averages: [2, 2, elements], the ping-pong halves of Ī and Ū, in fp32 (fp64 for fp64 parameters).
         half: int32 [1], which half is current.
         scores: [total rank], S of each triplet at the last update.
@@ -32,19 +39,33 @@ class ImportanceState:
         threshold: of the last ranking, 0-d; None before it.
     """
 
-    def __init__(self, triplets: list[Triplet]) -> None:
+    def __init__(self, triplets: Sequence[Triplet], dtype: torch.dtype | None = None) -> None:
         params = [p for t in triplets for p in t.parameters]
-        device = params[0].device
+        device, dtype = params[0].device, dtype or floating_state_dtype(list(params))
         self.layout = layout_of(triplets)
-        self.averages = torch.zeros(
-            2, 2, self.layout.total_elements, dtype=floating_state_dtype(list(params)), device=device
-        )
+        self.places = places_of(triplets)
+        self.averages = torch.zeros(2, 2, self.layout.total_elements, dtype=dtype, device=device)
         self.half = torch.zeros(1, dtype=torch.int32, device=device)
         self.scores = self.averages.new_zeros(self.layout.total_rank)
         self.live = torch.ones(self.layout.total_rank, dtype=torch.bool, device=device)
         self.updates = 0
         self.settled = False
         self.threshold: Tensor | None = None
+
+    def per_device(self) -> Sequence[ImportanceState]:
+        """The states of each device's layers: this one alone, where all lie on one device.
+
+        Who updates them by another way than ``update`` calls this before, and ``agree`` after it.
+        """
+        return (self,)
+
+    def split(self, items: Sequence[Item]) -> list[Sequence[Item]]:
+        """What belongs to A₀, E₀, B₀, A₁, …, as what belongs to those of each of ``per_device()``."""
+        return [items]
+
+    def agree(self, taken: Sequence[Tensor]) -> Tensor:
+        """Whether all of ``per_device()`` have taken their gradients, bool [1]. Where not, none of them counts."""
+        return taken[0]
 
     def update(
         self,
@@ -103,25 +124,18 @@ class ImportanceState:
         self.scores.zero_()
         self.updates = 0
 
-    def move_to(self, device: torch.device) -> None:
-        """Follow the parameters to another device."""
-        for name in ("averages", "half", "scores", "live"):
-            setattr(self, name, getattr(self, name).to(device))
-        self.threshold = None if self.threshold is None else self.threshold.to(device)
-
-    def shrunk(self, triplets: list[Triplet], rows: Rows) -> ImportanceState:
-        """The state of the same layers after ``compact.shrink(..., rows)``."""
-        new = ImportanceState(triplets)
-        kept = torch.tensor([keep for row in rows for keep in row], device=self.live.device)
-        new.scores.copy_(self.scores[kept])
-        new.live.copy_(self.live[kept])
+    def shrunk(self, new: ImportanceState, rows: Rows) -> ImportanceState:
+        """``new``, a state of the same layers after ``compact.shrink(..., rows)``, with what this one has of them."""
         masks = []
         for (_, k, n), row in zip(self.layout.shapes, rows, strict=True):
             row_mask = torch.tensor(row, dtype=torch.bool, device=self.live.device)
             masks += [row_mask.repeat_interleave(k), row_mask, row_mask.repeat(n)]
         elements = torch.cat(masks)
-        for target, source in zip(new.averages[0], self.current(), strict=True):
-            target.copy_(source[elements])
+        average, uncertainty = self.current()
+        new.set_current(average[elements], uncertainty[elements])
+        kept = torch.tensor([keep for row in rows for keep in row], dtype=torch.bool, device=self.live.device)
+        new.scores.copy_(self.scores[kept])
+        new.live.copy_(self.live[kept])
         new.updates, new.settled, new.threshold = self.updates, self.settled, self.threshold
         return new
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,9 +114,30 @@ def no_triplets(model: nn.Module, adapter: str | None = None) -> ValueError:
     )
 
 
-def layout_of(triplets: list[Triplet]) -> TripletLayout:
+def layout_of(triplets: Sequence[Triplet]) -> TripletLayout:
     """Where these triplets lie in flat averages and scores."""
     return TripletLayout(tuple(t.shape for t in triplets))
 
 
-__all__ = ["Triplet", "find_triplets", "layout_of", "no_triplets"]
+def place_of(triplet: Triplet) -> Hashable:
+    """What a layer's importance is kept beside: layers of one place are updated in one launch."""
+    return triplet.lora_E.device
+
+
+def places_of(triplets: Sequence[Triplet]) -> list[Hashable]:
+    """The place of each layer."""
+    return [place_of(t) for t in triplets]
+
+
+def refuse_several_devices(what: str, triplets: Sequence[Triplet]) -> None:
+    """Hold the layers to one device, which ``what`` needs.
+
+    Raises:
+        ValueError: they lie on several.
+    """
+    places = sorted(set(map(str, places_of(triplets))))
+    if len(places) > 1:
+        raise ValueError(f"model: expected its adapters on one device for {what}, found them on {', '.join(places)}")
+
+
+__all__ = ["Triplet", "find_triplets", "layout_of", "no_triplets", "place_of", "places_of", "refuse_several_devices"]
