@@ -71,6 +71,11 @@ class FusedAdaLoraModel(AdaLoraModel):
 
     last_orthogonality: Tensor | None = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A model that was pickled patched may come into a process where nothing is patched yet."""
+        super().__setstate__(state)
+        follow_load_adapter()
+
     @property
     def fused_state(self) -> FusedState:
         """What this model holds beyond PEFT's attributes."""
@@ -239,7 +244,10 @@ class FusedAdaLoraModel(AdaLoraModel):
         """As PEFT's."""
         super().delete_adapter(adapter_name)
         self._changed()
-        self.fused_state.kept.pop(adapter_name, None)
+        state = self.fused_state
+        state.kept.pop(adapter_name, None)
+        if state.allocator is not None and state.allocator.adapter == adapter_name:
+            state.allocator = None  # another adapter of this name is none of its business
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -72,7 +72,9 @@ class Driver:
 
     def step(self, model: nn.Module, global_step: int, skipped: bool) -> None:
         """The optimizer has made this step, or skipped it for an overflow."""
-        self.tuner.update_and_allocate(global_step)
+        # From T - t_f on PEFT reads no gradients, and at it alone PEFT makes the final pattern.
+        if not skipped or global_step >= self.config.total_step - self.config.tfinal:
+            self.tuner.update_and_allocate(global_step)
 
     def save(self, args: TrainingArguments, state: TrainerState) -> None:
         """The Trainer has written a checkpoint. PEFT's own allocator has nothing to add."""

@@ -114,6 +114,18 @@ def test_an_adapter_is_deleted_and_another_goes_on() -> None:
     assert list(layer_of(ours).lora_A) == ["second"]
 
 
+def test_an_adapter_named_like_a_deleted_one_begins_anew() -> None:
+    model = patch_model(build("perceptron"))
+    config = copy.deepcopy(model.peft_config["default"])
+    train(model, 18)
+    assert model.base_model.rank_allocator().importance.settled
+    model.add_adapter("other", AdaLoraConfig(target_modules=["first"], total_step=9, inference_mode=True))
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    importance = model.base_model.rank_allocator().importance
+    assert importance.live.all() and importance.updates == 0 and not importance.settled
+
+
 def _compiled(model: nn.Module) -> tuple[Any, CompileCounterWithBackend]:
     counter = CompileCounterWithBackend("aot_eager")
     return torch.compile(model, fullgraph=True, backend=counter), counter

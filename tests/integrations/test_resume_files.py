@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,6 +121,18 @@ def test_under_another_name_and_among_other_files(checkpoint: Path, tmp_path: Pa
         else:
             load_training_state(again, folder)
         assert_same(everything(again), everything(model))
+
+
+def test_a_model_that_was_pickled_patched(checkpoint: Path, tmp_path: Path) -> None:
+    """Into a process where nothing is patched."""
+    (tmp_path / "model").write_bytes(pickle.dumps(fresh(seed=5)))
+    script = (
+        "import pickle, sys; model = pickle.load(open(sys.argv[1], 'rb')); "
+        "model.load_adapter(sys.argv[2], 'default', is_trainable=True); "
+        "assert model.base_model.rank_allocator().next_step == int(sys.argv[3])"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "model"), str(checkpoint), str(STOP)]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def test_after_compact(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from adalora_kernels.integrations.checkpoint import STATE_FILE
 from adalora_kernels.integrations.peft import patch_model
 from adalora_kernels.integrations.trainer import AdaLoraCallback
 from adalora_kernels.nn import SVDLinear
-from tests.integrations.small_models import VOCABULARY, adapter_parameters, build
+from tests.integrations.small_models import VOCABULARY, adapter_parameters, build, live_total
 
 STEPS = 20
 
@@ -322,6 +322,21 @@ def test_a_step_that_accelerate_skips_is_left_out(kind: str) -> None:
         callback.on_optimizer_step(None, state, None, **call)
         assert allocator.importance.updates == (1, 1, 2, 3, 3, 4)[step]
         assert allocator.global_step == (0, 0, 2, 3, 3, 5)[step]
+
+
+@pytest.mark.parametrize("step", [3, 16], ids=["while pruning", "T - t_f"])
+def test_unpatched_peft_gets_no_gradient_of_a_skipped_step(step: int) -> None:
+    """Infinite ones would stay in its averages, and nothing would be pruned any more."""
+    model, callback = build("llama", layers=1, total_step=STEPS), AdaLoraCallback()
+    tokens = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "labels": torch.ones(2, 5, dtype=torch.int64)}
+    for i in range(STEPS):
+        model.zero_grad()
+        model(**tokens).loss.backward()
+        for parameter in adapter_parameters(model).values() if i == step else ():
+            parameter.grad.fill_(torch.inf)
+        optimizer = SimpleNamespace(step_was_skipped=i == step)
+        callback.on_optimizer_step(None, TrainerState(global_step=i), None, model=model, optimizer=optimizer)
+    assert live_total(model) == 3 * len(model.peft_config["default"].rank_pattern)
 
 
 def test_callback_and_attached_optimizer_on_a_patched_model(tmp_path: Path) -> None:
