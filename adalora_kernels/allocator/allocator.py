@@ -140,8 +140,8 @@ class RankAllocator(BudgetEngine):
         Raises:
             ValueError: no parameter has a gradient where one is needed, that is, ``backward`` was not called or the
                 gradients are already cleared; ``total_step`` is not set; a layer was frozen; variant "paper" without
-                ``update_importance`` before the optimizer's step; or another step than the attached optimizer has
-                counted. Nothing changes.
+                ``update_importance`` before the optimizer's step; or another step than the attached optimizer or the
+                callback has just made. Nothing changes.
         """
         if self.captured and self.clock is not None:
             return self.clock.budget, self.clock.threshold
@@ -149,8 +149,9 @@ class RankAllocator(BudgetEngine):
             step, result = self._handled
             if step is not None and step != global_step:
                 raise ValueError(
-                    f"global_step: expected {step}, as the attached optimizer counts, got {global_step}; give your own "
-                    "count to attach(optimizer, step=...), or to allocator.expect(step) before the optimizer's step"
+                    f"global_step: expected {step}, which the attached optimizer or the callback has made, got "
+                    f"{global_step}; leave this call out, or give your own count to attach(optimizer, step=...), or to "
+                    "allocator.expect(step) before the optimizer's step"
                 )
             self._handled = None
             return result
