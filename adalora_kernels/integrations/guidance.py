@@ -34,8 +34,8 @@ INITIAL_OVER_TARGET = 1.5
 # c = alpha / init_r. LoRA's habit is alpha = 2 r; the paper's runs lie between 1.3 (16/12) and 16 (32/2).
 INCREMENT_SCALE = 2.0
 # The paper's for nine of its twelve tasks, most of whose losses start near 1. The term's gradient keeps its size
-# however small the loss, so this is per unit of loss: in benchmarks/results/teacher.md AdaLoRA finds the true ranks at
-# every increment scale up to once the initial loss, best near 0.1 of it, and loses to LoRA from 6 times it on.
+# however small the loss, so this is per unit of loss: in benchmarks/results/teacher.md AdaLoRA beats LoRA at every
+# increment scale up to once the initial loss, best near 0.1 of it, and loses at 6 to 10 times.
 ORTHOGONALITY = 0.1
 # Of both running means, in the paper and in both published codes.
 BETA = 0.85
