@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adalora_kernels.allocator.state import ImportanceState
+from adalora_kernels.allocator.triplets import Triplet
 from adalora_kernels.backends.select import Backend
 from adalora_kernels.ops.allocation import mask_to_budget, zero_pruned
 from adalora_kernels.ops.checks import floating_state_dtype
@@ -231,6 +232,10 @@ class ShardedState(ImportanceState):
                 target[at : at + block.rectangle.size] = block.rectangle.of(whole).reshape(-1).to(target)
         self._partial.copy_(triplet_scores(self._local, self.averages[0, 0], self.averages[0, 1]))
         self.scores.copy_(triplet_scores(self.layout, average, uncertainty))
+
+    def lies_beside(self, triplets: Sequence[Triplet]) -> bool:
+        """As ``ImportanceState.lies_beside``."""
+        return self.live.device == triplets[0].lora_E.device
 
     def move_to(self, device: torch.device) -> None:
         """Follow the parameters to another device."""

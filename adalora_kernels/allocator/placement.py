@@ -44,10 +44,12 @@ def follow_shards(state: ImportanceState, triplets: Sequence[Triplet], params: S
 
 def follow_devices(state: ImportanceState, triplets: Sequence[Triplet]) -> ImportanceState:
     """The state, or the same beside the parameters where these were moved since it was made."""
+    if state.lies_beside(triplets):
+        return state
     if isinstance(state, ShardedState):
         state.move_to(triplets[0].lora_E.device)
         return state
-    return state if state.places == places_of(triplets) else _continued(state, triplets)
+    return _continued(state, triplets)
 
 
 def _continued(state: ImportanceState, triplets: Sequence[Triplet]) -> ImportanceState:

@@ -67,6 +67,10 @@ class ImportanceState:
         """Whether all of ``per_device()`` have taken their gradients, bool [1]. Where not, none of them counts."""
         return taken[0]
 
+    def lies_beside(self, triplets: Sequence[Triplet]) -> bool:
+        """Whether these layers, whose state this is, have stayed where they were."""
+        return self.places == places_of(triplets)
+
     def update(
         self,
         params: Sequence[Tensor],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from adalora_kernels.reference.importance import TripletLayout
 
@@ -119,14 +120,13 @@ def layout_of(triplets: Sequence[Triplet]) -> TripletLayout:
     return TripletLayout(tuple(t.shape for t in triplets))
 
 
-def place_of(triplet: Triplet) -> Hashable:
-    """What a layer's importance is kept beside: layers of one place are updated in one launch."""
-    return triplet.lora_E.device
+place_of: Callable[[Tensor], Hashable] = attrgetter("device")
+"""Of a layer's E: layers of one place have their averages together, and one launch updates them."""
 
 
 def places_of(triplets: Sequence[Triplet]) -> list[Hashable]:
     """The place of each layer."""
-    return [place_of(t) for t in triplets]
+    return [place_of(registry[key]) for registry, key in [t.slots[1] for t in triplets]]
 
 
 def refuse_several_devices(what: str, triplets: Sequence[Triplet]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from adalora_kernels.allocator import find_triplets
+from adalora_kernels.allocator.orthogonality import loss_of_devices
 from adalora_kernels.allocator.triplets import Slot
 from adalora_kernels.allocator.watch import unwatch, watch
 from adalora_kernels.backends.select import Backend, offers, parse
@@ -26,7 +27,6 @@ from adalora_kernels.integrations.load_adapter import follow_load_adapter
 from adalora_kernels.integrations.rank_pattern import Pattern, by_layer, gather, path_key, return_averages
 from adalora_kernels.integrations.siblings import link_siblings
 from adalora_kernels.integrations.tuner_allocator import TunerAllocator
-from adalora_kernels.ops.orthogonality import orthogonality_loss
 from adalora_kernels.ops.shards import are_gathered
 
 
@@ -103,18 +103,8 @@ class FusedAdaLoraModel(AdaLoraModel):
         if weight == 0 or not lora_A:
             return torch.zeros(())
         backend = self.backend_of("orthogonality")
-        devices = {a.device for a in lora_A}
         at_once = False if are_gathered(self.adalora_layers().values()) else None
-        if len(devices) == 1:
-            total = orthogonality_loss(lora_A, lora_B, weight, accumulate=at_once, backend=backend)
-        else:
-            total = torch.zeros((), device=lora_A[0].device)
-            for device in devices:
-                some = [i for i, a in enumerate(lora_A) if a.device == device]
-                share = weight * len(some) / len(lora_A)
-                matrices = ([lora_A[i] for i in some], [lora_B[i] for i in some])
-                term = orthogonality_loss(*matrices, share, accumulate=at_once, backend=backend)
-                total = total + term.to(total.device)
+        total = loss_of_devices(lora_A, lora_B, weight, accumulate=at_once, backend=backend)
         self.last_orthogonality = total.detach()
         return total
 
@@ -189,7 +179,7 @@ class FusedAdaLoraModel(AdaLoraModel):
 
     def _rebind(self, allocator: TunerAllocator) -> bool:
         """Let the allocator follow parameters that were replaced or moved; False where it no longer fits them."""
-        if self.fused_state.bound and allocator.importance.live.device == allocator.triplets[0].lora_E.device:
+        if self.fused_state.bound and allocator.importance.lies_beside(allocator.triplets):
             return True
         shapes = [triplet.shape for triplet in find_triplets(self.model, allocator.adapter)]
         if shapes != list(allocator.importance.layout.shapes):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from adalora_kernels.allocator import RankAllocator, Triplet
 from adalora_kernels.allocator.compact import exchange_data, refuse_wrapped, set_rank
-from adalora_kernels.allocator.state import ImportanceState
+from adalora_kernels.allocator.placement import state_of
 
 STATE_FILE = "adalora_state.safetensors"
 _FORMAT = "adalora_kernels training state 1"
@@ -187,7 +187,7 @@ def restore(allocator: RankAllocator, state: TrainingState) -> None:
             if state.factors is None or allocator.captured or _first_ranks(allocator, state) != _first_ranks(allocator):
                 raise ValueError(f"model: expected layers of the same initial ranks, got {present} for {stored}")
             refuse_wrapped(allocator.model, allocator.triplets)
-            allocator.importance = ImportanceState(_as_triplets(allocator, state.factors))
+            allocator.importance = state_of(_as_triplets(allocator, state.factors))
         allocator.kept = state.allocator.get("kept")
         allocator.load_state_dict(state.allocator)
     except ValueError as error:
@@ -236,7 +236,7 @@ def _first_ranks(allocator: RankAllocator, state: TrainingState | None = None) -
 
 
 def _as_triplets(allocator: RankAllocator, factors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Triplet]:
-    """Stand-ins for the layers that have the factors' shapes, on the model's device and in its dtypes."""
+    """Stand-ins for the layers that have the factors' shapes, on its devices and in its dtypes."""
     found = []
     for t, values in zip(allocator.triplets, factors, strict=True):
         held = {kind: value.to(p) for kind, value, p in zip(_KINDS, values, t.parameters, strict=True)}

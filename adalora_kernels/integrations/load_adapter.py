@@ -65,9 +65,9 @@ def follow_load_adapter() -> None:
 
 
 def _trains_here(tuner: FusedAdaLoraModel, adapter: str) -> bool:
-    """Whether the adapter is one that an allocator can hold: all of it on one device that has memory."""
+    """Whether the adapter is one that an allocator can hold: all of it on devices that have memory."""
     devices = {p.device for t in find_triplets(tuner.model, adapter) for p in t.parameters}
-    return len(devices) == 1 and devices != {torch.device("meta")}
+    return bool(devices) and torch.device("meta") not in devices
 
 
 class _Arrival:

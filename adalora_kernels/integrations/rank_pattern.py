@@ -74,8 +74,8 @@ def return_averages(allocator: RankAllocator, peft_allocator: Any) -> None:
         part = slice(offsets[i], offsets[i + 1])
         # PEFT starts all three anew where its latest |θ g| is missing; it is overwritten before it is read.
         peft_allocator.ipt[name] = torch.zeros_like(param)
-        peft_allocator.exp_avg_ipt[name] = average[part].view(param.shape).to(param.dtype, copy=True)
-        peft_allocator.exp_avg_unc[name] = uncertainty[part].view(param.shape).to(param.dtype, copy=True)
+        peft_allocator.exp_avg_ipt[name] = average[part].view(param.shape).to(param, copy=True)
+        peft_allocator.exp_avg_unc[name] = uncertainty[part].view(param.shape).to(param, copy=True)
 
 
 def _parameter_names(allocator: RankAllocator) -> list[str]:
