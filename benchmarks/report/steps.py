@@ -1,0 +1,147 @@
+"""Whole training steps: their phases, the memory that a forward keeps, and the operators that reach the dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks.report.draw import Axes, Bar, Curve, Group, bars, curves
+from benchmarks.report.figures import Figure, Section, Table
+from benchmarks.report.layers import alike, what
+from benchmarks.report.sources import Measured, Source
+from benchmarks.report.wording import name, number, phrases, shared
+
+AGAIN = "ours, once more"  # the same thing twice, for the noise
+WHOLE = "step"
+_MIB = 1 << 20
+
+
+def sections(sources: Sequence[Source]) -> Iterator[Section]:
+    """Time, memory and operators."""
+    every = [m for source in sources for m in source.measured]
+    timed = [m for m in every if "phases" in m.record]
+    yield Section(
+        "Training steps",
+        "Forward, backward, optimizer and AdaLoRA's own work, medians; all contestants in turn on equal weights and "
+        "batches, after a check that the AdaLoRAs' losses agree.",
+        [phases(m) for m in timed],
+    )
+    grown = [
+        figure
+        for key, axis in (("rows", "sequences in a batch"), ("columns", "tokens in a sequence"), ("R", "rank"))
+        for group in alike(timed, "model", "dtype", "threads", *({"rows", "columns", "R"} - {key}))
+        for figure in growth(group, key, axis)
+    ]
+    yield Section("How a training step's cost grows", "Medians of whole steps.", grown)
+    kept = [m for m in every if isinstance(m.record.get("saved_bytes"), Mapping)]
+    seen = {(m.origin.file, str(m.case.get("model"))) for m in kept if "phases" in m.record}
+    kept = [m for m in kept if "phases" in m.record or (m.origin.file, str(m.case.get("model"))) not in seen]
+    yield Section(
+        "Memory",
+        "Bytes of the distinct storages that a forward keeps for its backward, parameters aside.",
+        [memory(group) for group in alike(kept, "dtype", "R")],
+    )
+    yield Section(
+        "Operators of a training step",
+        "Calls that reach the dispatcher, views aside; one that loops over tensors counts once for each. They are the "
+        "same on every machine.",
+        [operators(m) for m in every if "operators" in m.record],
+    )
+
+
+def phases(m: Measured) -> Figure:
+    """One model's step as stacked bars."""
+    held = {c: by for c, by in m.record["phases"].items() if c != AGAIN}
+    times = m.milliseconds
+    drawn = [Bar(name(c), by, c, number(times[c]["median"])) for c, by in held.items()]
+    names = list(next(iter(held.values())))
+    rows = [
+        [name(c), number(times[c]["median"]), number(times[c]["p20"]), number(times[c]["p80"]),
+         *(number(by[phase]) for phase in names)]
+        for c, by in held.items()
+    ]  # fmt: skip
+    return Figure(
+        ", ".join(phrases(m.case)),
+        bars([Group("", drawn)], Axes("ms a step")),
+        Table(["contestant", "ms", "20%", "80%", *(f"{phase}, ms" for phase in names)], rows),
+        [m],
+        _ratios(m),
+    )
+
+
+def _ratios(m: Measured) -> str:
+    """Ours beside PEFT's AdaLoRA and LoRA, in a sentence, with the noise."""
+    noise = m.noise("ours", "PEFT AdaLoRA")
+    said = [
+        f"PEFT AdaLoRA takes {_marked(ratio, noise)} of {name(c)}"
+        for c, ratio in m.record.get("peft_over_ours", {}).items()
+    ]
+    said += [
+        f"{name(c)} takes {_marked(ratio, noise)} of PEFT LoRA"
+        for c, ratio in m.record.get("ours_over_lora", {}).items()
+    ]
+    return "; ".join(said) + f"; noise ±{100 * noise:.1f}%."
+
+
+def _marked(ratio: float, noise: float) -> str:
+    return f"{ratio:.2f}×" + (" (≈, inside the noise)" if abs(ratio - 1) <= noise else "")
+
+
+def growth(group: list[Measured], key: str, axis: str) -> list[Figure]:
+    """Milliseconds against one number, where several of it were measured."""
+    ticks = sorted({m.case[key] for m in group if m.case.get(key) is not None})
+    if len(ticks) < 2:
+        return []
+    names = [c for c in group[0].milliseconds if c != AGAIN]
+    lines = [
+        Curve(name(c), [(m.case[key], m.milliseconds[c]["median"]) for m in group if c in m.milliseconds], c)
+        for c in names
+    ]
+    rows = [[line.name, number(x), number(y)] for line in lines for x, y in sorted(line.points)]
+    return [
+        Figure(
+            f"Against {axis}: {what(group)}",
+            curves(lines, Axes(axis, "ms a step", log_x=True, ticks=ticks)),
+            Table(["contestant", axis, "ms"], rows),
+            group,
+        )
+    ]
+
+
+def memory(group: list[Measured]) -> Figure:
+    """Saved bytes of each contestant, by model."""
+    common = shared([m.case for m in group]) if len(group) > 1 else []
+    drawn, rows = [], []
+    for m in group:
+        label = ", ".join(phrase for phrase in phrases(m.case) if phrase not in common)
+        kept: Mapping[str, Any] = {c: b for c, b in m.record["saved_bytes"].items() if c != AGAIN}
+        drawn.append(Group(label, [Bar(name(c), b / _MIB, c) for c, b in kept.items()]))
+        rows += [[label, name(c), number(b / _MIB), f"{b:,}".replace(",", "\u202f")] for c, b in kept.items()]
+    return Figure(
+        ", ".join(["Saved for the backward", *common]),
+        bars(drawn, Axes("MiB")),
+        Table(["model", "contestant", "MiB", "bytes"], rows),
+        group,
+    )
+
+
+def operators(m: Measured) -> Figure:
+    """Operators of one model's step as stacked bars."""
+    held: Mapping[str, Mapping[str, int]] = m.record["operators"]
+    parts = {c: {phase: n for phase, n in by.items() if phase != WHOLE} for c, by in held.items()}
+    names = list(next(iter(parts.values())))
+    rows = [
+        [name(c), str(held[c].get(WHOLE, sum(by.values()))), *(str(by[phase]) for phase in names)]
+        for c, by in parts.items()
+    ]
+    return Figure(
+        "Operators: " + ", ".join(phrases(m.case)),
+        bars(
+            [Group("", [Bar(name(c), by, c, number(sum(by.values()))) for c, by in parts.items()])], Axes("operators")
+        ),
+        Table(["contestant", "step", *names], rows),
+        [m],
+    )
+
+
+__all__ = ["sections"]
