@@ -253,3 +253,10 @@ def test_protocol_refuses_what_cannot_be_compared() -> None:
         replace(TINY, budgets=(0.7, 1.0))
     with pytest.raises(ValueError, match="expected none of tuning_seeds among them"):
         replace(TINY, tuning_seeds=(10,))
+
+
+def test_committed_table_is_made_from_the_committed_runs() -> None:
+    folder = command.RESULTS
+    results = load(folder / "teacher.json")
+    assert (folder / "teacher.md").read_text(encoding="utf-8") == table(results) + "\n", "run collect"
+    assert results.protocol == Protocol(), "the protocol changed after the runs"

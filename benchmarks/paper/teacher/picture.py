@@ -40,6 +40,7 @@ def draw_ranks(results: Results, path: Path) -> None:
     for row, budget in zip(grid, protocol.budgets, strict=True):
         for ax, scale in zip(row, protocol.scales, strict=True):
             ax.axline((0, 0), slope=1, color="0.8", linewidth=1)
+            ax.set(xticks=range(0, max(protocol.true_ranks) + 1, 2), yticks=range(0, protocol.initial_rank + 1, 2))
             for method, (marker, colour) in DRAWN.items():
                 setting = Setting(method, "varied", scale, AdaLora() if method == "adalora" else None)
                 ranks = _by_true_rank(published(results, setting, budget).values())

@@ -152,7 +152,7 @@ def save(path: Path, results: Results) -> None:
         kept = ("loss", "environment") if run.seed in results.protocol.tuning_seeds else tuple(result)
         told = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items() if k in kept}
         at = {"setting": settings.index(run.setting), "budget": run.budget, "rate": run.rate, "seed": run.seed}
-        rows.append(json.dumps(at | told))
+        rows.append(json.dumps(at | told, separators=(",", ":")))
     head = {"protocol": asdict(results.protocol), "environments": results.environments}
     text = json.dumps(head | {"settings": [asdict(setting) for setting in settings]}, indent=1)
     unfinished = path.with_suffix(".unfinished")
