@@ -13,10 +13,19 @@ from datasets import Dataset
 from torch.nn import functional as F
 from transformers import Trainer
 
-from benchmarks.paper.tasks import ANSWERS, CLASSIFICATION, REGRESSION, SUMMARIES, Task, answers, metrics, sentences
+from benchmarks.paper.tasks import (
+    ANSWERS,
+    CLASSIFICATION,
+    NATS,
+    REGRESSION,
+    SUMMARIES,
+    Task,
+    answers,
+    metrics,
+    sentences,
+)
 from benchmarks.paper.tasks import summaries as summary_task
 
-NATS = "nats_per_token"  # of a held-out summary; less is better
 IGNORED = -100  # what the Trainer pads labels and predictions with
 
 
@@ -46,17 +55,19 @@ def scores(task: Task, trainer: Trainer, rows: Dataset, features: Dataset) -> di
 
 @torch.no_grad()
 def nats_per_token(trainer: Trainer, features: Dataset) -> float:
-    """Mean of -log p over all tokens of the references, with the right tokens before each."""
+    """Mean of -log p over all tokens of the references, with the right tokens before each; over all processes."""
     model: Any = trainer.model
     model.eval()
-    total, count = 0.0, 0
+    nats, tokens = [], []
     for batch in trainer.get_eval_dataloader(features):
-        logits, labels = model(**batch).logits, batch["labels"]
-        total += F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        ).item()
-        count += int((labels != IGNORED).sum())
-    return total / count
+        with trainer.accelerator.autocast():
+            logits = model(**batch).logits
+        labels = batch["labels"]
+        of_each = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        sums = trainer.accelerator.gather_for_metrics((of_each.sum(1), (labels != IGNORED).sum(1)))
+        nats.append(sums[0])
+        tokens.append(sums[1])
+    return float(torch.cat(nats).sum() / torch.cat(tokens).sum())
 
 
 def baselines(task: Task, training: Dataset, rows: Dataset, tokens: Sequence[Sequence[int]] = ()) -> dict[str, float]:
@@ -88,4 +99,4 @@ def _unigram(training: Sequence[Sequence[int]], judged: Sequence[Sequence[int]])
     return sum(nats) / len(nats)
 
 
-__all__ = ["NATS", "baselines", "nats_per_token", "scores"]
+__all__ = ["baselines", "nats_per_token", "scores"]

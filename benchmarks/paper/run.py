@@ -4,64 +4,22 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 
 from benchmarks.environment import commit
 from benchmarks.paper import evaluation, training
 from benchmarks.paper.methods import prepare, trained_parameters
-from benchmarks.paper.presets import Preset
-from benchmarks.paper.tasks import SUMMARIES, Task
-from benchmarks.paper.tasks.load import TRAINING
+from benchmarks.paper.records import RECORD, SETTINGS, Run
+from benchmarks.paper.tasks import SUMMARIES, TRAINING
 from benchmarks.records import write
-
-RECORD = "record.json"
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is run, and where its record goes.
-
-    Attributes:
-        task: with its rows from elsewhere.
-        method: of ``methods.METHODS``.
-        preset: settings; its method may be another name for this one's cells.
-        seed: of the head, the adapters and the order of the rows.
-        model: folder or repository of the pretrained model and its tokenizer.
-        output: holds a folder for each run.
-    """
-
-    task: Task
-    method: str
-    preset: Preset
-    seed: int
-    model: str
-    output: Path
-
-    @property
-    def folder(self) -> Path:
-        """Where checkpoints, logs and the record lie."""
-        budget = re.sub(r"[^\w.]+", "", self.preset.budget)
-        return self.output / self.task.name / f"{self.method}-{budget}" / f"seed{self.seed}"
-
-    @property
-    def record(self) -> dict[str, Any] | None:
-        """What came out; None where the run has not ended."""
-        path = self.folder / RECORD
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"{self.task.name}, {self.method}, {self.preset.budget}, seed {self.seed}"
 
 
 def execute(run: Run, rows: Mapping[str, Dataset], machine: training.Machine) -> dict[str, Any]:
@@ -78,28 +36,31 @@ def execute(run: Run, rows: Mapping[str, Dataset], machine: training.Machine) ->
     Raises:
         ValueError: the folder holds a run with other settings.
     """
-    settings = _settings(run, machine)
-    if run.record is not None:
+    settings = run.settings(machine.precision)
+    if run.begun is not None:
         _same(run, settings)
+    if run.record is not None:
         return run.record
     set_seed(run.seed)
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     model = training.pretrained(run.task, run.model)
     total = sum(p.numel() for p in model.parameters())
     preset = run.preset
-    trained_on = training.features(run.task, rows[TRAINING], tokenizer, preset, machine.workers, training=True)
+    trained_on = _features(run, rows[TRAINING], tokenizer, machine, learning=True)
     setting = training.setting(preset, len(trained_on))
     prepared = prepare(model, run.method, setting)
     resumable = run.method not in training.NOT_RESUMED
     trainer = training.trainer(
         run.task, prepared, tokenizer, trained_on, preset, setting, run.seed, machine, run.folder, resumable
     )
+    if trainer.is_world_process_zero():
+        write(run.folder / SETTINGS, settings)
     begun = time.perf_counter()
     training.train(trainer, run.folder)
     seconds = time.perf_counter() - begun
     scores, baselines = {}, {}
     for split in run.task.evaluation:
-        judged_by = training.features(run.task, rows[split], tokenizer, preset, machine.workers, training=False)
+        judged_by = _features(run, rows[split], tokenizer, machine, learning=False)
         scores[split] = evaluation.scores(run.task, trainer, rows[split], judged_by)
         tokens = [*trained_on["labels"], *judged_by["labels"]] if run.task.kind == SUMMARIES else []
         baselines[split] = evaluation.baselines(run.task, rows[TRAINING], rows[split], tokens)
@@ -115,17 +76,18 @@ def execute(run: Run, rows: Mapping[str, Dataset], machine: training.Machine) ->
     return record
 
 
-def _settings(run: Run, machine: training.Machine) -> dict[str, Any]:
-    preset = asdict(replace(run.preset, paper=()))
-    del preset["paper"]
-    return {
-        "task": run.task.name, "method": run.method, "budget": run.preset.budget, "seed": run.seed,
-        "model": Path(run.model).name, "preset": preset, "precision": machine.precision,
-    }  # fmt: skip
+def first_process() -> bool:
+    """Whether this is the one of several processes that writes and prints."""
+    return bool(PartialState().is_main_process)
+
+
+def _features(run: Run, rows: Dataset, tokenizer: Any, machine: training.Machine, learning: bool) -> Dataset:
+    with PartialState().main_process_first():  # the others find what it has put into the cache
+        return training.features(run.task, rows, tokenizer, run.preset, machine.workers, training=learning)
 
 
 def _same(run: Run, settings: dict[str, Any]) -> None:
-    held = run.record or {}
+    held = run.begun or {}
     other = [name for name, value in settings.items() if held.get(name) != json.loads(json.dumps(value))]
     if other:
         raise ValueError(
@@ -133,4 +95,4 @@ def _same(run: Run, settings: dict[str, Any]) -> None:
         )
 
 
-__all__ = ["RECORD", "Run", "execute"]
+__all__ = ["execute", "first_process"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -15,6 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    PrinterCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -40,12 +42,14 @@ class Machine:
         device_batch: rows a device takes at a time; the rest of the preset's batch is accumulated.
         workers: processes that make tokens.
         save_steps: optimizer steps from one checkpoint to the next.
+        bars: whether progress is shown.
     """
 
     precision: str = "fp32"
     device_batch: int = 32
     workers: int = 1
     save_steps: int = 500
+    bars: bool = True
 
 
 def pretrained(task: Task, source: str | Path) -> nn.Module:
@@ -95,6 +99,8 @@ def trainer(
     """
     if machine.precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {machine.precision!r}")
+    if machine.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision: fp16 needs a GPU, and there is none; take bf16 or fp32")
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder), seed=seed, max_steps=setting.total_steps, learning_rate=preset.learning_rate,
         lr_scheduler_type="linear", warmup_steps=int(WARMUP_SHARE * setting.total_steps), weight_decay=WEIGHT_DECAY,
@@ -104,6 +110,7 @@ def trainer(
         save_strategy="steps" if resumable else "no", save_steps=machine.save_steps, save_total_limit=1,
         logging_steps=max(1, setting.total_steps // 50),
         report_to=["tensorboard"] if is_tensorboard_available() else [],
+        disable_tqdm=not machine.bars, log_level="passive" if machine.bars else "error",
         predict_with_generate=task.kind == SUMMARIES, generation_max_length=preset.target_length or None,
         generation_num_beams=preset.beams or None, dataloader_pin_memory=False,
     )  # fmt: skip
@@ -118,10 +125,13 @@ def trainer(
         if task.kind == SUMMARIES
         else (Trainer, DataCollatorWithPadding(tokenizer))
     )
-    return kind(
+    made = kind(
         model=prepared.model, args=arguments, train_dataset=training, processing_class=tokenizer,
         data_collator=collator, callbacks=list(prepared.callbacks),
     )  # fmt: skip
+    if not machine.bars:
+        made.remove_callback(PrinterCallback)  # which the Trainer puts where its bar would be
+    return made
 
 
 def train(run: Trainer, folder: Path) -> None:

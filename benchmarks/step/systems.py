@@ -70,25 +70,30 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def systems(model: Model, rank: int, dtype: torch.dtype, device: str) -> dict[str, System]:
+def systems(
+    model: Model, rank: int, dtype: torch.dtype, device: str, target: int | None = None, lora: int | None = None
+) -> dict[str, System]:
     """Every contestant on equal weights.
 
     Args:
         model: of ``models``.
-        rank: AdaLoRA's initial one; its target is half of it. LoRA's is the same initial one.
+        rank: AdaLoRA's initial one.
         dtype: of the base; adapters are fp32, as PEFT's are.
         device: where.
+        target: AdaLoRA's mean rank at the end; None for half of the initial one.
+        lora: LoRA's rank; None for AdaLoRA's initial one.
     """
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
     torch.manual_seed(0)
     base = model.build().to(dtype)
     torch.manual_seed(1)
-    lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=model.targets))
+    lora_config = LoraConfig(r=lora or rank, lora_alpha=ALPHA, target_modules=model.targets)
+    lora_model = get_peft_model(copy.deepcopy(base), lora_config)
     config = AdaLoraConfig(
         # Any task type that adds nothing to the model: without one PEFT leaves its orthogonality term out.
-        task_type="FEATURE_EXTRACTION", init_r=rank, target_r=rank // TARGET_SHARE, tinit=10, tfinal=10, deltaT=1,
-        total_step=TOTAL_STEPS, lora_alpha=ALPHA, orth_reg_weight=ORTHOGONALITY, target_modules=model.targets,
+        task_type="FEATURE_EXTRACTION", init_r=rank, target_r=target or rank // TARGET_SHARE, tinit=10, tfinal=10,
+        deltaT=1, total_step=TOTAL_STEPS, lora_alpha=ALPHA, orth_reg_weight=ORTHOGONALITY, target_modules=model.targets,
     )  # fmt: skip
     adalora = get_peft_model(copy.deepcopy(base), config)
     for name, parameter in adalora.named_parameters():
@@ -100,7 +105,7 @@ def systems(model: Model, rank: int, dtype: torch.dtype, device: str) -> dict[st
         OURS: patch_model(copy.deepcopy(adalora)),
         OURS_SWEPT: patch_model(copy.deepcopy(adalora)),
         OURS_AGAIN: patch_model(copy.deepcopy(adalora)),
-        LORA: lora,
+        LORA: lora_model,
         FULL: full,
     }
     return {name: _system(name, contestant.to(device).train()) for name, contestant in found.items()}

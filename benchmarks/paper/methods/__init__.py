@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class Setting:
         size: width of each bottleneck; LoRA's rank; AdaLoRA's mean rank at the end. 0 for methods without one.
         alpha: the numerator of LoRA's and AdaLoRA's scale, alpha / (initial) rank.
         dropout_p: of the increment's input.
-        initial_rank: AdaLoRA's, r⁰; None for 1.5 times ``size``, as in the paper.
+        initial_rank: AdaLoRA's, r⁰; None for the paper's: 12, 6, 4 and 2 for ``size`` 8, 4, 2 and 1.
         orthogonality: γ.
         total_steps: T, optimizer steps.
         initial_warmup, final_warmup, mask_interval: t_i, t_f and ΔT.
@@ -46,7 +47,7 @@ class Setting:
     @property
     def first_rank(self) -> int:
         """r⁰."""
-        return max(self.size + 1, round(1.5 * self.size)) if self.initial_rank is None else self.initial_rank
+        return 2 * math.ceil(0.75 * self.size) if self.initial_rank is None else self.initial_rank
 
 
 class Prepared(NamedTuple):
@@ -90,8 +91,16 @@ def pfeiffer(model: nn.Module, setting: Setting) -> Prepared:
 
 
 def head_only(model: nn.Module, setting: Setting) -> Prepared:
-    """Not one of the paper's: a head on the frozen model, which every method has to beat."""
+    """Not one of the paper's: a head on the frozen model, which every method has to beat.
+
+    Of a model whose head is its embedding, a copy of that embedding trains.
+    """
     _freeze(model)
+    if not heads(model):
+        language_model: Any = model
+        projection = language_model.get_output_embeddings()
+        projection.weight = nn.Parameter(projection.weight.detach().clone())
+        language_model.config.tie_word_embeddings = False
     return Prepared(model, [])
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 _SHARED = ("model", "alpha", "length", "overlap", "target_length", "beams", "batch", "epochs")
 FOLDER = Path(__file__).parent
-TABLES = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+COST = "cost"  # the one table without cells to be trained
+TABLES = tuple(sorted(path.stem for path in FOLDER.glob("*.json") if path.stem != COST))
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def table(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is none of that name.
     """
-    if name not in TABLES:
+    if name not in (*TABLES, COST):
         raise ValueError(f"table: expected one of {', '.join(TABLES)}, got {name!r}")
     content: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return content
@@ -68,12 +69,19 @@ def cells(name: str) -> list[Preset]:
     found = []
     for row in content["cells"]:
         for task, figures in row["paper"].items():
-            settings = shared | content["tasks"][task]
-            if row["method"] in content["other_methods"]:
-                settings["learning_rate"] = content["other_methods"][row["method"]]
+            own = dict(content["tasks"][task])
+            rates = content["other_methods"] | own.pop("other_methods", {})
+            settings = shared | own
+            settings["learning_rate"] = rates.get(row["method"], settings["learning_rate"])
             about = {"table": name, "task": task, **{key: row[key] for key in ("method", "budget", "size")}}
             found.append(Preset(**about, **settings, paper=tuple(figures)))
     return found
+
+
+def methods(*names: str) -> tuple[str, ...]:
+    """The methods of the tables of these names, of all tables where none is given; PEFT's AdaLoRA beside ours."""
+    found = dict.fromkeys(row["method"] for name in names or TABLES for row in table(name)["cells"])
+    return tuple(m for method in found for m in ([method, "adalora-peft"] if method == "adalora" else [method]))
 
 
 def find(task: str, method: str, budget: str | None) -> Preset:
@@ -103,4 +111,4 @@ def _none(task: str, method: str, rows: list[Preset]) -> list[Preset]:
     raise ValueError(f"budget: expected one of {known or 'none'} for {task} and {method}")
 
 
-__all__ = ["TABLES", "Preset", "cells", "find", "table"]
+__all__ = ["COST", "TABLES", "Preset", "cells", "find", "methods", "table"]

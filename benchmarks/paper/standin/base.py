@@ -29,7 +29,7 @@ from adalora_kernels.cli.demo.model import deberta_v3_config
 from adalora_kernels.cli.demo.text import split_name
 from benchmarks.paper.standin.rows import Parts, sentences
 from benchmarks.paper.standin.tokenizer import train_tokenizer
-from benchmarks.paper.tasks.load import TRAINING
+from benchmarks.paper.tasks import TRAINING
 
 IGNORED = -100  # a label that no loss counts
 KINDS = ("encoder", "decoder")
@@ -48,35 +48,57 @@ class BaseSettings:
     """
 
     hidden: int = 128
-    layers: int = 4
+    layers: int = 3
     vocabulary: int = 4000
-    longest: int = 64
-    steps: int = 1500
+    longest: int = 48
+    steps: int = 800
     batch: int = 32
     learning_rate: float = 1e-3
     seed: int = 0
 
+    @classmethod
+    def of(cls, kind: str) -> BaseSettings:
+        """Those of the stand-ins' bases."""
+        return cls() if kind == "encoder" else cls(layers=2, steps=500)
 
-def pretrained(kind: str, parts: Parts, settings: BaseSettings, folder: Path) -> Path:
+
+@dataclass(frozen=True)
+class Text:
+    """What the bases are trained on, of the training modules alone.
+
+    Attributes:
+        docstrings: the sentences of each.
+        names: of all definitions, as words.
+    """
+
+    docstrings: list[list[str]]
+    names: list[str]
+
+    @classmethod
+    def of(cls, parts: Parts) -> Text:
+        """That of ``rows.read``."""
+        own = parts[TRAINING]
+        return cls([sentences(d.docstring) for d in own], [split_name(d.name) for d in own])
+
+
+def pretrained(kind: str, text: Text, settings: BaseSettings, folder: Path) -> Path:
     """The folder of a base model and its tokenizer, as ``from_pretrained`` reads it; trained where it isn't there yet.
 
     Args:
         kind: "encoder" (DeBERTa-v3) or "decoder" (BART).
-        parts: of ``rows.read``; only the training modules are read.
+        text: what it is trained on.
         settings: sizes and training.
         folder: holds one folder for each kind, settings and text.
     """
-    texts = [sentences(d.docstring) for d in parts[TRAINING]]
-    signatures = [split_name(d.name) for d in parts[TRAINING]]
-    told = sha256(repr((kind, asdict(settings), texts, signatures)).encode()).hexdigest()[:12]
+    told = sha256(repr((kind, asdict(settings), asdict(text))).encode()).hexdigest()[:12]
     place = folder / f"{kind}-{told}"
     if (place / "config.json").is_file():
         return place
     torch.manual_seed(settings.seed)
     tokenizer = train_tokenizer(
-        [*(s for own in texts for s in own), *signatures], settings.vocabulary, settings.longest
+        [*(s for own in text.docstrings for s in own), *text.names], settings.vocabulary, settings.longest
     )
-    corpus = [own for own in texts if own]
+    corpus = [own for own in text.docstrings if own]
     batches = _batches(kind, corpus, tokenizer, settings)
     model = _encoder(settings) if kind == "encoder" else _decoder(settings, tokenizer)
     _train(model, batches, settings, f"base: {kind}")

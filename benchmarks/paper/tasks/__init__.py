@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 CLASSIFICATION, REGRESSION, ANSWERS, SUMMARIES = "classification", "regression", "answers", "summaries"
+TRAINING = "train"  # the split that is trained on
+NATS = "nats_per_token"  # of a held-out summary; less is better
 
 
 @dataclass(frozen=True)
@@ -80,4 +82,4 @@ TASKS = {
 }  # fmt: skip
 
 
-__all__ = ["ANSWERS", "CLASSIFICATION", "REGRESSION", "SUMMARIES", "TASKS", "Task"]
+__all__ = ["ANSWERS", "CLASSIFICATION", "NATS", "REGRESSION", "SUMMARIES", "TASKS", "TRAINING", "Task"]

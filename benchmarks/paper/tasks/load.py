@@ -10,10 +10,9 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
-from benchmarks.paper.tasks import ANSWERS, CLASSIFICATION, REGRESSION, Task
+from benchmarks.paper.tasks import ANSWERS, CLASSIFICATION, REGRESSION, TRAINING, Task
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-TRAINING = "train"
 
 
 def load(task: Task, source: str | Path | Mapping[str, str | Path], cache: Path | None = None) -> dict[str, Dataset]:
@@ -171,4 +170,4 @@ def _answer_complaints(task: Task, row: Mapping[str, Any]) -> Iterator[str]:
             yield f"answers: expected {text!r:.40} at {start} of the context, found it not there"
 
 
-__all__ = ["READERS", "TRAINING", "load"]
+__all__ = ["READERS", "load"]

@@ -67,7 +67,7 @@ def test_shares_are_the_papers_for_bart_large() -> None:
         assert agrees(100 * trained / total, percent, relative), (rank, percent)
 
 
-@pytest.mark.parametrize(("size", "initial", "total_rank"), [(8, 12, 576), (4, 6, 288), (2, 3, 144), (1, 2, 72)])
+@pytest.mark.parametrize(("size", "initial", "total_rank"), [(8, 12, 576), (4, 6, 288), (2, 4, 144), (1, 2, 72)])
 @pytest.mark.parametrize("method", ["adalora", "pruned-lora"])
 def test_adaloras_total_rank_is_the_papers(method: str, size: int, initial: int, total_rank: int) -> None:
     model = deberta(**{**SMALL, "num_hidden_layers": 12})
