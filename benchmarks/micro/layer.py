@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adalora_kernels import svd_linear
+from benchmarks.micro.elsewhere import Elsewhere
 from benchmarks.timing import Contestant, Sample, interleave, ratio
 
 NAME = "layer forward + backward"
@@ -82,8 +85,9 @@ def floor(k: int, n: int, r: int) -> float:
 
 
 def measure(
-    k: int, n: int, m: int, r: int, dtype: torch.dtype, threads: int, rounds: int, compiled: bool = False
-) -> dict[str, Any]:
+    k: int, n: int, m: int, r: int, dtype: torch.dtype, threads: int, rounds: int, compiled: bool = False,
+    other_peft: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """One case: K = k, N = n, M = m tokens, rank r. Inputs rotate through more memory than the caches hold.
 
     Args:
@@ -91,6 +95,7 @@ def measure(
         threads: of the CPU.
         rounds: timed rounds.
         compiled: whether torch.compile of the original's expression and of ours take part.
+        other_peft: a folder with another PEFT, whose layer takes part in a process of its own.
 
     Returns:
         A record: the case, the median milliseconds of each contestant, their ratios to the frozen linear, the floor,
@@ -138,7 +143,13 @@ def measure(
 
         return prepare
 
-    seconds = interleave({name: contestant(call, i) for i, (name, call) in enumerate(calls.items())}, rounds)
+    contestants = {name: contestant(call, i) for i, (name, call) in enumerate(calls.items())}
+    with ExitStack() as running:
+        if other_peft is not None:
+            other = running.enter_context(Elsewhere(other_peft, threads, [w, bias], adapter, xs, gs))
+            check_same(f"PEFT {other.version}", other.results, _results(layer, xs[0], gs[0], adapter))
+            contestants[f"PEFT {other.version}"] = lambda: other.run
+        seconds = interleave(contestants, rounds)
     noise = abs(ratio(seconds[AGAIN], seconds["ours"]) - 1)
     return {
         "benchmark": NAME,
@@ -154,15 +165,18 @@ def measure(
 def check_equal(calls: dict[str, Call], x: Tensor, g: Tensor, adapter: list[Tensor]) -> None:
     """Every contestant but the frozen linear must compute the same thing, before any is timed."""
     wanted = _results(calls["peft"], x, g, adapter)
-    tolerance = 64 * torch.finfo(x.dtype).eps
     for name, call in calls.items():
-        if name in ("frozen", "peft"):
-            continue
-        # LoRA has no Λ, and so other gradients of its own factors.
-        for got, want in zip(_results(call, x, g, [] if name == "PEFT LoRA" else adapter), wanted, strict=False):
-            difference = (got - want).abs().max() / want.abs().max()
-            if not difference <= tolerance:
-                raise AssertionError(f"{name} differs from PEFT's layer by {difference:.2e}")
+        if name not in ("frozen", "peft"):
+            # LoRA has no Λ, and so other gradients of its own factors.
+            check_same(name, _results(call, x, g, [] if name == "PEFT LoRA" else adapter), wanted)
+
+
+def check_same(name: str, given: list[Tensor], wanted: list[Tensor]) -> None:
+    """As many results as are given must be PEFT's, to the rounding of their dtype."""
+    for got, want in zip(given, wanted, strict=False):
+        difference = (got - want).abs().max() / want.abs().max()
+        if not difference <= 64 * torch.finfo(want.dtype).eps:
+            raise AssertionError(f"{name} differs from PEFT's layer by {difference:.2e}")
 
 
 def _results(call: Call, x: Tensor, g: Tensor, adapter: list[Tensor]) -> list[Tensor]:

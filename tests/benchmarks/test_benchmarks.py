@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,13 @@ def test_layer_contestants_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "svd_linear", lambda *args, **options: right(*args, **options) * 1.001)
     with pytest.raises(AssertionError, match="ours differs from PEFT's layer"):
         layer.measure(32, 48, 16, 4, torch.float32, 1, rounds=3)
+
+
+def test_another_peft_takes_its_turn_in_a_process_of_its_own() -> None:
+    import peft
+
+    record = layer.measure(32, 48, 16, 4, torch.float32, 1, rounds=2, other_peft=Path(peft.__file__).parents[1])
+    assert record["ratio_to_frozen"][f"PEFT {peft.__version__}"] > 0
 
 
 def test_budget_engine_record() -> None:
