@@ -67,12 +67,10 @@ def stand_ins(options: argparse.Namespace) -> int:
     from benchmarks.paper.standin import base, rows, sweep
     from benchmarks.paper.training import Machine
 
-    names = [name for name in STAND_INS if options.task in (None, name)]
-    methods = [options.method] if options.method else list(presets.methods(tables.NAME_OF_STAND_INS))
     parts = rows.read(options.sources)
     folders = sweep.bases(base.Text.of(parts), options.output, options.processes)
-    wanted = sweep.runs(folders, options.output, _seeds(options), names, methods, options.learning_rate)
-    made = {name: rows.make(name, parts) for name in names}
+    wanted = sweep.runs(folders, options.output, _seeds(options), options.task, options.method, options.learning_rate)
+    made = {name: rows.make(name, parts) for name in options.task}
     machine = Machine(options.precision, options.device_batch, options.workers, options.save_steps)
     with tqdm(total=len(wanted), desc="runs") as bar:
         for one, record in sweep.sweep(wanted, made, machine, options.processes):
@@ -136,8 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     one.set_defaults(do=run)
 
     small = commands.add_parser("stand-ins", parents=[common, training], help="all methods on tasks that need no hub")
-    small.add_argument("--task", choices=STAND_INS, help="only this one")
-    small.add_argument("--method", choices=presets.methods(tables.NAME_OF_STAND_INS), help="only this one")
+    methods = presets.methods(tables.NAME_OF_STAND_INS)
+    small.add_argument("--task", choices=STAND_INS, nargs="+", default=list(STAND_INS), help="only these")
+    small.add_argument("--method", choices=methods, nargs="+", default=list(methods), help="only these")
     small.add_argument("--learning-rate", type=float, help="in place of the presets', to find better ones")
     small.add_argument("--sources", type=Path, help="folder of Python sources (default: the standard library)")
     small.add_argument("--processes", type=int, default=2, help="of one thread each (default 2)")
