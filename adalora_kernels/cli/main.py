@@ -16,6 +16,7 @@ from adalora_kernels.backends.select import ENVIRONMENT_VARIABLE, Backend, parse
 from adalora_kernels.cli.extras import quiet_optional_packages, require_extra
 
 _MODULES = {
+    "bench": "adalora_kernels.cli.bench",
     "env": "adalora_kernels.cli.env",
     "check": "adalora_kernels.cli.check",
     "demo": "adalora_kernels.cli.demo.run",
@@ -23,6 +24,7 @@ _MODULES = {
     "ranks": "adalora_kernels.cli.ranks",
 }
 _EXTRAS = {
+    "bench": ("bench", ("peft", "jinja2", "matplotlib")),
     "demo": ("demo", ("peft", "matplotlib")),
     "export": ("peft", ("peft",)),
     "ranks": ("demo", ("matplotlib",)),
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     names = [backend.value for backend in Backend]
     demo.add_argument("--backend", choices=names, default=None, help="use this one and no other")
     demo.add_argument("--device", type=_device, default="cpu", help="where to train, such as cpu or cuda")
+    _add_bench(commands)
     _add_export(commands)
     ranks = commands.add_parser("ranks", help="heat map and budget of a saved AdaLoRA adapter")
     ranks.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=_CHECKPOINT)
@@ -77,6 +80,19 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("ranks.png"), help="the picture, or a folder for it (default: ranks.png)"
     )
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench", help="the benchmarks of a source checkout, or the page that shows their records"
+    )
+    bench.add_argument("--report", action="store_true", help="measure nothing; write a page and its plots")
+    bench.add_argument(
+        "--results", type=Path, metavar="DIR", help="with --report: folder of records (default: the checkout's)"
+    )
+    bench.add_argument(
+        "--output", type=Path, metavar="DIR", help="with --report: folder to write into (default: benchmark-report)"
+    )
 
 
 def _add_export(commands: Any) -> None:
