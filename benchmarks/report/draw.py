@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
+import matplotlib.lines
+import matplotlib.patches
+import matplotlib.ticker
 from matplotlib.figure import Figure
 
 from benchmarks.report.wording import number
@@ -172,16 +175,17 @@ def bars(groups: Sequence[Group], axes: Axes, line: float | None = None, limit: 
                 places.append(at)
                 names.append(bar.name)
                 at += 1
+            if line is not None:
+                ax.plot([line] * 2, [first - 0.5, at - 0.5], color=_hex("ink"), linewidth=1, linestyle="--")
             if group.limit is not None:
                 ax.plot([group.limit] * 2, [first - 0.5, at - 0.5], color=_hex("ink"), linewidth=2)
         ax.set_yticks(places, names)
         ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
         ax.set_ylim(at - 0.4, -0.7)
         ax.set_xlim(min(0.0, *(sum(_parts(b).values()) for g in groups for b in g.bars)), longest * 1.22)
         ax.locator_params(axis="x", nbins=5)
         ax.set_xlabel(axes.x)
-        if line is not None:
-            ax.axvline(line, color=_hex("ink"), linewidth=1, linestyle="--")
         handles = [matplotlib.patches.Patch(color=_of(part, i), label=part) for i, part in enumerate(parts)]
         if limited:
             handles.append(matplotlib.lines.Line2D([], [], color=_hex("ink"), linewidth=2, label=limit))
@@ -202,9 +206,9 @@ def curves(lines: Sequence[Curve], axes: Axes) -> Plot:
                 marker="" if line.dotted else _MARKS[i % len(_MARKS)], markersize=5, label=line.name,
             )  # fmt: skip
         if axes.log_x:
-            ax.set_xscale("log")
+            _logarithmic(ax.set_xscale, ax.xaxis)
         if axes.log_y:
-            ax.set_yscale("log")
+            _logarithmic(ax.set_yscale, ax.yaxis)
         else:
             ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
         if axes.ticks:
@@ -220,6 +224,14 @@ def curves(lines: Sequence[Curve], axes: Axes) -> Plot:
 def _figure(height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(_INCHES, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _logarithmic(scale: Any, axis: Any) -> None:
+    """With numbers as they are, since powers of ten would be set too small to read."""
+    scale("log")
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+    axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 def _parts(bar: Bar) -> Mapping[str, float]:

@@ -9,7 +9,7 @@ from benchmarks.report.draw import Axes, Bar, Curve, Group, bars, curves
 from benchmarks.report.figures import Figure, Section, Table
 from benchmarks.report.layers import BYTES_COPIED, alike, what
 from benchmarks.report.sources import Measured, Source
-from benchmarks.report.wording import labels, name, number
+from benchmarks.report.wording import labels, name, number, sentence
 
 
 def sections(sources: Sequence[Source]) -> Iterator[Section]:
@@ -50,7 +50,7 @@ def added_to_step(group: list[Measured]) -> Figure:
         )
         alone = m.milliseconds["AdamW alone"]["median"]
         rows += [
-            [label, name(c), number(value), f"{over[c]:.2f}" if c in over else "–", number(alone),
+            [label or sentence(m.case), name(c), number(value), f"{over[c]:.2f}" if c in over else "–", number(alone),
              f"±{100 * m.noise('AdamW alone', c):.1f}%"]
             for c, value in added.items()
         ]  # fmt: skip
@@ -79,7 +79,13 @@ def added_to_backward(group: list[Measured]) -> Figure:
         )
         alone = number(m.milliseconds["backward alone"]["median"])
         rows += [
-            [label, name(w), *(number(t[q]) for q in ("median", "p20", "p80")), "yes" if unsure[w] else "no", alone]
+            [
+                label or sentence(m.case),
+                name(w),
+                *(number(t[q]) for q in ("median", "p20", "p80")),
+                "yes" if unsure[w] else "no",
+                alone,
+            ]
             for w, t in found.items()
         ]
     return Figure(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from benchmarks.report.draw import Axes, Bar, Curve, Group, bars, curves
 from benchmarks.report.figures import Figure, Section, Table
 from benchmarks.report.sources import Measured, Source
-from benchmarks.report.wording import labels, name, number, shared
+from benchmarks.report.wording import labels, name, number, sentence, shared
 
 FROZEN, OURS, PEFT = "frozen", "ours", "peft"
 _MOST_CASES = 6  # in one plot
@@ -73,7 +73,8 @@ def split(group: list[Measured]) -> list[list[Measured]]:
 def what(group: Sequence[Measured]) -> str:
     """The benchmark, and what its cases have in common."""
     direction = group[0].record.get("direction")
-    return ", ".join([group[0].benchmark + (f" {direction}" if direction else ""), *shared([m.case for m in group])])
+    said = ", ".join([group[0].benchmark + (f" {direction}" if direction else ""), *shared([m.case for m in group])])
+    return said[0].upper() + said[1:]
 
 
 def beyond(group: list[Measured]) -> Figure:
@@ -85,18 +86,17 @@ def beyond(group: list[Measured]) -> Figure:
         chosen = {c: r for c, r in ratios.items() if OURS not in ratios or not c.startswith("triton:")}
         if OURS in chosen:
             chosen = {OURS: chosen[OURS]} | chosen
-        noise = m.noise(FROZEN, *chosen)
-        limit = None if floor is None else 100 * (floor - 1)
-        bars_of = []
-        for contestant, ratio in chosen.items():
-            inside = abs(ratio - 1) <= noise
-            text = f"{100 * (ratio - 1):.1f}" + (" ≈" if inside else "")
-            bars_of.append(Bar(name(contestant), 100 * (ratio - 1), contestant, text, inside))
-        drawn.append(Group(label, bars_of, limit))
+        noises = {c: m.noise(FROZEN, c) for c in ratios}
+        unsure = {c: abs(ratio - 1) <= noises[c] for c, ratio in ratios.items()}
+        bars_of = [
+            Bar(name(c), 100 * (ratio - 1), c, f"{100 * (ratio - 1):.1f}" + " ≈" * unsure[c], unsure[c])
+            for c, ratio in chosen.items()
+        ]
+        drawn.append(Group(label, bars_of, None if floor is None else 100 * (floor - 1)))
         rows += [
-            [label, name(c), number(m.milliseconds[c]["median"]), f"{r:.3f}", "–" if floor is None else f"{floor:.3f}",
-             f"±{100 * m.noise(FROZEN, c):.1f}%", "yes" if abs(r - 1) <= m.noise(FROZEN, c) else "no"]
-            for c, r in m.record["ratio_to_frozen"].items() if c != FROZEN
+            [label or sentence(m.case), name(c), number(m.milliseconds[c]["median"]), f"{ratio:.3f}",
+             "–" if floor is None else f"{floor:.3f}", f"±{100 * noises[c]:.1f}%", "yes" if unsure[c] else "no"]
+            for c, ratio in ratios.items()
         ]  # fmt: skip
     return Figure(
         what(group),

@@ -21,7 +21,7 @@ _COMMANDS = (
     (r".*-sweep", "make gpu PART=i/n"),
     (r".*-questions", "make gpu PART=questions"),
     (r".*-tuning", "make tune"),
-    (r".*", "make gpu"),
+    (r"dry", "make gpu"),
 )
 _SCALE = {"milliseconds": 1.0, "microseconds": 1e-3}
 
@@ -44,7 +44,7 @@ class Origin:
     def device(self) -> str:
         """The device, with the number of cores that were used where it is a CPU."""
         device, cores = str(self.environment["device"]), self.environment.get("cores")
-        return f"{device}, {cores} cores" if cores else device
+        return f"{device}, {cores} core{'s' * (cores != 1)}" if cores else device
 
     @property
     def commit(self) -> str:
@@ -177,8 +177,11 @@ def _source(path: Path, content: dict[str, Any]) -> Source:
 
 
 def _command(stem: str, environment: Mapping[str, Any]) -> str:
-    made_by = next(command for pattern, command in _COMMANDS if re.fullmatch(pattern, stem))
-    return str(environment.get("command") or made_by + (" DRY=1" if environment.get("dry") else ""))
+    if "command" in environment:
+        return str(environment["command"])
+    unnamed = "make gpu" if "capability" in environment else "by a command that it does not name"
+    made_by = next((command for pattern, command in _COMMANDS if re.fullmatch(pattern, stem)), unnamed)
+    return made_by + " DRY=1" * bool(environment.get("dry"))
 
 
 __all__ = ["MAKE_BENCH", "Measured", "Origin", "Source", "read_folder"]

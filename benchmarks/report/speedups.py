@@ -8,7 +8,7 @@ from benchmarks.report.draw import Axes, Bar, Group, bars
 from benchmarks.report.figures import Figure, Section, Table
 from benchmarks.report.layers import FROZEN, OURS, PEFT, alike, is_curve, split, what
 from benchmarks.report.sources import Measured, Source
-from benchmarks.report.wording import labels, name, number
+from benchmarks.report.wording import labels, name, number, sentence
 
 _RIVALS = (PEFT, "addmm_", "PEFT LoRA", "original", "original, torch.compile", "peft, torch.compile", "one by one")
 _DRAWN = ("ratio_to_frozen", "added_milliseconds", "added_to_backward", "microseconds_per_layer", "phases", "operators")
@@ -69,14 +69,22 @@ def _recorded(m: Measured) -> dict[str, tuple[float, float]]:
 
 def _figure(title: str, group: Sequence[Measured], ratios: Sequence[dict[str, tuple[float, float]]]) -> Figure:
     drawn, rows = [], []
-    for label, found in zip(labels([m.case for m in group]), ratios, strict=True):
+    for m, label, found in zip(group, labels([m.case for m in group]), ratios, strict=True):
         bars_of = []
         for rival, (ratio, noise) in found.items():
             inside = abs(ratio - 1) <= noise
             text = f"{ratio:.2f}×" + " ≈" * inside
             colour = rival if "/" not in rival else "orange" if rival.startswith("LoRA") else "vermilion"
             bars_of.append(Bar(name(rival), ratio, colour, text, inside))
-            rows.append([label, name(rival), f"{ratio:.3f}", f"±{100 * noise:.1f}%", "yes" if inside else "no"])
+            rows.append(
+                [
+                    label or sentence(m.case),
+                    name(rival),
+                    f"{ratio:.3f}",
+                    f"±{100 * noise:.1f}%",
+                    "yes" if inside else "no",
+                ]
+            )
         drawn.append(Group(label, bars_of))
     return Figure(
         f"{title}: {what(group)}",

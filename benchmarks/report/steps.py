@@ -9,7 +9,7 @@ from benchmarks.report.draw import Axes, Bar, Curve, Group, bars, curves
 from benchmarks.report.figures import Figure, Section, Table
 from benchmarks.report.layers import alike, what
 from benchmarks.report.sources import Measured, Source
-from benchmarks.report.wording import name, number, phrases, shared
+from benchmarks.report.wording import labels, name, number, phrases, sentence, shared
 
 AGAIN = "ours, once more"  # the same thing twice, for the noise
 WHOLE = "step"
@@ -110,13 +110,15 @@ def growth(group: list[Measured], key: str, axis: str) -> list[Figure]:
 
 def memory(group: list[Measured]) -> Figure:
     """Saved bytes of each contestant, by model."""
-    common = shared([m.case for m in group]) if len(group) > 1 else []
+    common = shared([m.case for m in group])
     drawn, rows = [], []
-    for m in group:
-        label = ", ".join(phrase for phrase in phrases(m.case) if phrase not in common)
+    for m, label in zip(group, labels([m.case for m in group]), strict=True):
         kept: Mapping[str, Any] = {c: b for c, b in m.record["saved_bytes"].items() if c != AGAIN}
         drawn.append(Group(label, [Bar(name(c), b / _MIB, c) for c, b in kept.items()]))
-        rows += [[label, name(c), number(b / _MIB), f"{b:,}".replace(",", "\u202f")] for c, b in kept.items()]
+        rows += [
+            [label or sentence(m.case), name(c), number(b / _MIB), f"{b:,}".replace(",", "\u202f")]
+            for c, b in kept.items()
+        ]
     return Figure(
         ", ".join(["Saved for the backward", *common]),
         bars(drawn, Axes("MiB")),

@@ -38,6 +38,7 @@ class Target:
         rows: a pattern for the names of the rows that ``make gpu`` writes.
         records: a pattern for benchmarks that have the ratio under ``field``.
         field: of such a record: a ratio, or ratios by contestant.
+        model: a pattern for the case's model.
         bound: of them.
         at_least: whether the bound is a lower one.
     """
@@ -46,6 +47,7 @@ class Target:
     rows: str = ""
     records: str = ""
     field: str = ""
+    model: str = ".*"
     bound: float = 0.0
     at_least: bool = False
 
@@ -66,17 +68,17 @@ TARGETS = (
     ),
     Target(
         "DeBERTa-v3-base training step (32×128), PEFT AdaLoRA / ours: at least 3",
-        records=r"training step", field="peft_over_ours", bound=3, at_least=True,
+        records=r"training step", field="peft_over_ours", model="DeBERTa-v3-base, 32×128", bound=3, at_least=True,
     ),
     Target(
         "DeBERTa-v3-base training step, ours / PEFT LoRA: at most 1",
-        records=r"training step", field="ours_over_lora", bound=1,
+        records=r"training step", field="ours_over_lora", model="DeBERTa-v3-base.*", bound=1,
     ),
     Target("host time of an eager layer: ours / PEFT LoRA at most 1", r"host time.*"),
     Target("a group of layers: never slower than one by one", r".*one group.*"),
     Target("saved activations beyond x: u alone, 2·M·Rpad bytes", r".*bytes kept beyond x"),
 )  # fmt: skip
-REPEATABLE = "gradients: bitwise repeatable, like every other check of correctness"
+REPEATABLE = "Gradients: bitwise repeatable, like every other check of correctness"
 
 
 def on_cpu(sources: Sequence[Source]) -> Iterator[Verdict]:
@@ -92,12 +94,12 @@ def on_cpu(sources: Sequence[Source]) -> Iterator[Verdict]:
 
 def on_gpu(sources: Sequence[Source]) -> Iterator[Verdict]:
     """Every target with the figures that there are for it, or as open; then what else was recorded against a bound."""
-    gpus = [source for source in sources if source.is_gpu]
+    gpus = [source for source in sources if source.is_gpu and not any(origin.dry for origin in source.origins)]
     rows = [(row, source.origins[0]) for source in gpus for row in source.content.get("rows", ())]
     for target in TARGETS:
         found = [_row(row, origin) for row, origin in rows if target.rows and re.fullmatch(target.rows, row["name"])]
         found += [verdict for source in gpus for verdict in _recorded(target, source)]
-        yield from found or [Verdict(OPEN, f"{target.said}. No GPU has measured it yet.", None)]
+        yield from found or [Verdict(OPEN, f"{_capital(target.said)}. No GPU has measured it yet.", None)]
     known = "|".join(target.rows for target in TARGETS if target.rows)
     yield from (_row(row, origin) for row, origin in rows if not re.fullmatch(known, row["name"]))
     checked = [source for source in gpus if "checks_held" in source.content]
@@ -119,18 +121,26 @@ def _recorded(target: Target, source: Source) -> Iterator[Verdict]:
     for m in source.measured:
         if not target.field or target.field not in m.record or not re.fullmatch(target.records, m.benchmark):
             continue
+        if not re.fullmatch(target.model, str(m.case.get("model", ""))):
+            continue
         found = m.record[target.field]
         ratios = found if isinstance(found, dict) else {"ours": found}
         for contestant, ratio in ratios.items():
-            what = f"{m.benchmark}, {sentence(m.case)}, {contestant}: {target.field.replace('_', ' ')}"
+            what = f"{sentence(m.case)}, {contestant}: {target.said.partition(':')[0]}"
             yield _verdict(what, ratio, target.bound, target.at_least, m.origin)
 
 
 def _verdict(what: str, figure: float, bound: float, at_least: bool, origin: Origin) -> Verdict:
     if figure >= bound if at_least else figure <= bound:
-        return Verdict(HELD, f"{what} is {number(figure)}, {'at least' if at_least else 'at most'} {bound:g}.", origin)
+        return Verdict(
+            HELD, f"{_capital(what)} is {number(figure)}, {'at least' if at_least else 'at most'} {bound:g}.", origin
+        )
     wanted = f"less than the {bound:g} it must reach" if at_least else f"more than the {bound:g} it may be"
-    return Verdict(MISSED, f"{what} is {number(figure)}, {wanted}.", origin)
+    return Verdict(MISSED, f"{_capital(what)} is {number(figure)}, {wanted}.", origin)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 __all__ = ["HELD", "MISSED", "OPEN", "TARGETS", "Verdict", "on_cpu", "on_gpu"]

@@ -65,8 +65,8 @@ def shared(cases: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def labels(cases: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells each case from the others; all of it where there is but one."""
-    common = shared(cases) if len(cases) > 1 else []
+    """What tells each case from the others; nothing where there is but one."""
+    common = shared(cases)
     return [", ".join(phrase for phrase in phrases(case) if phrase not in common) for case in cases]
 
 
