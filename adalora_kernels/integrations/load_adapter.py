@@ -2,7 +2,8 @@
 
 PEFT then looks at no config and no pattern: a checkpoint of live rows fails with a size error. Here the rows go back to
 where they were, and with the training state beside them the rest of A, E and B, the averages and the step count do too.
-Parameters have all their rows then, by which the optimizer's moments fit, and stay the same objects. The same holds for
+Parameters have all their rows then, by which the optimizer's moments fit, and stay the same objects; unless it is asked
+for by name, none is cast. The same holds for
 ``from_pretrained(..., is_trainable=True)`` where ``patch_peft`` was called; an adapter for inference is loaded as ever.
 """
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from adalora_kernels.integrations.adalora_model import FusedAdaLoraModel
 
 _CONFIG_FILE = "adapter_config.json"
+_AUTOCAST = 2  # place of autocast_adapter_dtype among load_adapter's arguments after adapter_name
 _CURE = f"take another checkpoint, or delete {STATE_FILE} there to go on with averages that start anew"
 
 
@@ -52,6 +54,8 @@ def follow_load_adapter() -> None:
         config, pattern = trained[1], trained[1].rank_pattern
         arrival = _Arrival(tuner, folder)
         config.rank_pattern = None  # or PEFT would cut the layers to the pattern of before
+        if len(args) <= _AUTOCAST:
+            kwargs.setdefault("autocast_adapter_dtype", False)  # or a 16-bit adapter would go on in fp32
         handle = tuner.register_load_state_dict_pre_hook(arrival)
         try:
             return original(self, model_id, adapter_name, *args, **kwargs)

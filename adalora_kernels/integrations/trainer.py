@@ -50,10 +50,8 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         if allocator is not None and not isinstance(allocator, RankAllocator):
             raise TypeError(f"allocator: expected a RankAllocator or None, got {type(allocator).__name__}")
-        if isinstance(total_step, str) and total_step != "auto":
-            raise ValueError(f"total_step: expected 'auto', a number or None, got {total_step!r}")
-        if isinstance(total_step, int) and total_step <= 0:
-            raise ValueError(f"total_step: expected at least 1, got {total_step}")
+        if total_step not in ("auto", None) and not (type(total_step) is int and total_step > 0):
+            raise ValueError(f"total_step: expected 'auto', a positive number of steps or None, got {total_step!r}")
         self.allocator = allocator
         self.total_step = total_step
         self.layer_ranks = layer_ranks

@@ -123,6 +123,26 @@ def test_under_another_name_and_among_other_files(checkpoint: Path, tmp_path: Pa
         assert_same(everything(again), everything(model))
 
 
+@pytest.mark.parametrize("cast", [False, True], ids=["as it was", "asked for"])
+def test_a_bfloat16_adapter_stays_one(cast: bool, tmp_path: Path) -> None:
+    """PEFT's ``load_adapter`` casts to fp32, also what has trained in 16 bits."""
+    settings = {"dtype": torch.bfloat16, "autocast_adapter_dtype": False}
+    model = patch_model(build("perceptron", **settings))
+    optimizer = adamw(model)
+    advance(model, optimizer, range(STOP))
+    save(model, optimizer, tmp_path)
+    again = patch_model(build("perceptron", **settings))
+    again.load_adapter(tmp_path, "default", is_trainable=True, **({"autocast_adapter_dtype": True} if cast else {}))
+    assert {p.dtype for p in adapter_parameters(again).values()} == {torch.float32 if cast else torch.bfloat16}
+    if cast:
+        return
+    resumed = adamw(again)
+    resumed.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    advance(model, optimizer, range(STOP, TOTAL))
+    advance(again, resumed, range(STOP, TOTAL))
+    assert_same(everything(again), everything(model))
+
+
 def test_a_model_that_was_pickled_patched(checkpoint: Path, tmp_path: Path) -> None:
     """Into a process where nothing is patched."""
     (tmp_path / "model").write_bytes(pickle.dumps(fresh(seed=5)))
