@@ -6,6 +6,7 @@ Names are those of the base model: PEFT's prefix, ``base_layer`` and the adapter
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from torch import Tensor
 
 CONFIG_FILE, TENSOR_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FACTOR = re.compile(r"(.+)\.lora_([AEB])")
 
 
@@ -97,7 +99,7 @@ def read_checkpoint(folder: str | Path) -> Adapter:
     folder = Path(folder)
     config = _read_config(folder)
     tensors = _read_tensors(folder)
-    init_r, alpha = config["init_r"], config.get("lora_alpha", 0)
+    init_r, alpha = config["init_r"], config["lora_alpha"]
     c = (alpha if alpha > 0 else float(init_r)) / (init_r + 1e-5)
     parts: dict[str, dict[str, Tensor]] = {}
     others = {}
@@ -150,6 +152,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: expected {name} to be a rank of at least 1, got {config.get(name)}; save the adapter again"
             )
+    alpha = config.get("lora_alpha")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"{path}: expected lora_alpha to be a finite number, got {alpha!r}; save the adapter again")
     return config
 
 
@@ -159,6 +164,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         if not path.is_file() and pickled.is_file():
             path = pickled
             tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+                raise ValueError("it holds something else")
             return tensors
         return load_file(path)
     except FileNotFoundError:
@@ -176,9 +183,13 @@ def _checked(path: str, found: dict[str, Tensor], c: float, folder: Path) -> Fac
     if A.dim() != 2 or B.dim() != 2 or E.shape != (A.shape[0], 1) or B.shape[1] != A.shape[0]:
         shapes = ", ".join(str(list(t.shape)) for t in (A, E, B))
         raise ValueError(f"{folder}: expected A [R, K], E [R, 1] and B [N, R] of {path}, got {shapes}; save it again")
+    if foreign := {str(t.dtype) for t in (A, E, B)}.difference(map(str, FLOATS)):
+        raise ValueError(
+            f"{folder}: expected 16, 32 or 64-bit numbers, {path} holds {', '.join(foreign)}; save it again"
+        )
     if not all(bool(t.isfinite().all()) for t in (A, E, B)):
         raise ValueError(f"{folder}: expected finite numbers, {path} holds others; take an earlier checkpoint")
     return Factors(A, E, B, c)
 
 
-__all__ = ["CONFIG_FILE", "PREFIX", "TENSOR_FILE", "Adapter", "Factors", "plain_names", "read_checkpoint"]
+__all__ = ["CONFIG_FILE", "FLOATS", "PREFIX", "TENSOR_FILE", "Adapter", "Factors", "plain_names", "read_checkpoint"]

@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise ImportError("export needs Hugging Face PEFT: pip install 'adalora-kernels[peft]'") from error
 
-from adalora_kernels.integrations.adapter import CONFIG_FILE, PREFIX, TENSOR_FILE, Adapter, Factors
+from adalora_kernels.integrations.adapter import CONFIG_FILE, FLOATS, PREFIX, TENSOR_FILE, Adapter, Factors
 from adalora_kernels.integrations.trained import adapter_of, plain_copy, unwrapped
 
 # What an AdaLoRA config says that means the same in a LoRA config. Layers are named one by one, ranks too.
@@ -32,7 +32,6 @@ _SHARED_SETTINGS = (
     "task_type", "base_model_name_or_path", "revision", "auto_mapping", "lora_dropout", "fan_in_fan_out", "bias",
     "modules_to_save", "trainable_token_indices", "layer_replication", "ensure_weight_tying",
 )  # fmt: skip
-_MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def export_lora(
@@ -212,7 +211,7 @@ def _targets(ranks: Iterable[str], known: set[str]) -> list[str] | str:
 
 
 def _mergeable(path: str, weight: Any, owners: list[int]) -> Tensor:
-    if type(weight) is not nn.Parameter or weight.dtype not in _MERGEABLE:
+    if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
         what = "there is none" if weight is None else f"it is a {type(weight).__name__} of {weight.dtype}"
         obstacle = f"{what}: load the base unquantised"
     elif weight.is_meta:

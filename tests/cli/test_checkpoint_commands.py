@@ -139,11 +139,15 @@ def test_folders_that_are_no_checkpoint_end_in_one_line(
     assert "expected adapter_model.safetensors beside adapter_config.json" in message(damaged)
     (damaged / "adapter_model.bin").write_bytes(b"not a pickle")
     assert "a damaged file" in message(damaged)
+    for content in ([1, 2], {"lora_A": 1}):
+        torch.save(content, damaged / "adapter_model.bin")
+        assert "it holds something else" in message(damaged)
     config = damaged / "adapter_config.json"
     settings = json.loads(config.read_text())
     for value, expected in (
         ({**settings, "peft_type": "LORA"}, "peft_type ADALORA, got LORA"),
         ({**settings, "init_r": None}, "expected init_r to be a rank of at least 1, got None"),
+        ({**settings, "lora_alpha": None}, "expected lora_alpha to be a finite number, got None"),
         ([settings], "peft_type ADALORA, got None"),
     ):
         config.write_text(json.dumps(value))
@@ -161,6 +165,7 @@ def test_tensors_that_do_not_belong_together(damaged: Path, tmp_path: Path) -> N
         ({}, "lora_A is missing"),
         ({name: tensors[name][:1]}, r"expected A \[R, K\]"),
         ({name: tensors[name] * float("nan")}, "expected finite numbers"),
+        ({name: tensors[name].to(torch.float8_e4m3fn)}, "expected 16, 32 or 64-bit numbers"),
     ):
         save_file({**{key: v for key, v in tensors.items() if key != name}, **change}, path)
         with pytest.raises(SystemExit, match=expected):
