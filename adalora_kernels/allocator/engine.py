@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -194,6 +195,7 @@ class BudgetEngine:
             params: A, E and B of each layer in the order of ``triplets``, where the caller has them; else looked up.
 
         Raises:
+            TypeError: ``step`` is no integer.
             ValueError: a negative step; ``total_step`` is not set; a step that ranks, with a frozen layer; sharded
                 parameters where the device decides.
         """
@@ -201,7 +203,7 @@ class BudgetEngine:
         if clock is not None:
             plan = StepPlan(schedule.initial_rank, update=True, rank=True)
         else:
-            step = self._next_step if step is None else step
+            step = self._next_step if step is None else _whole(step)
             plan = schedule.plan(step, self.importance.settled)
         if params is None:
             params = [registry[key] for t in self.triplets for registry, key in t.slots]
@@ -314,7 +316,9 @@ class BudgetEngine:
         chosen = select("importance", self.importance.live.device.type, self.importance.scores.dtype, 0, self.backend)
         if self.fused is None:
             when = "before" if self.pre_step else "after"
-            return chosen.backend.value, chosen.plan, f"{chosen.reason}; launched {when} the optimizer's step"
+            devices = len(self.importance.per_device())
+            where = "" if devices == 1 else f" on each of {devices} devices"
+            return chosen.backend.value, chosen.plan, f"{chosen.reason}; launched {when} the optimizer's step{where}"
         return chosen.backend.value, chosen.plan, f"{chosen.reason}; last step: {self.fused.outcome}"
 
     def live_ranks(self) -> dict[str, int]:
@@ -333,6 +337,14 @@ class BudgetEngine:
                     f"model: expected every adapted layer to train, but {triplet.parameter_names[1]} is frozen and "
                     "would be pruned; unfreeze it, or make a new RankAllocator, which leaves it out"
                 )
+
+
+def _whole(step: int) -> int:
+    """Integers of other kinds (NumPy's, a tensor's) as Python's, which go into checkpoints."""
+    try:
+        return operator.index(step)
+    except TypeError:
+        raise TypeError(f"step: expected an integer, the optimizer step counted from 0, got {step!r}") from None
 
 
 __all__ = ["METRICS", "BudgetEngine", "Turn"]

@@ -224,6 +224,15 @@ class TestEdges:
         with pytest.raises(ValueError, match=r"^step: expected at least 0"):
             allocator.update_and_mask(model, -1)
 
+    def test_steps_are_integers_of_any_kind(self) -> None:
+        model, allocator = trained(1)
+        for step in ("3", 2.5):
+            with pytest.raises(TypeError, match=r"^step: expected an integer, the optimizer step counted from 0, got"):
+                allocator.update_and_mask(model, step)
+        loss_of(model, 1, torch.float32).backward()
+        allocator.update_and_mask(model, torch.tensor(3))
+        assert type(allocator.global_step) is int and allocator.next_step == 4
+
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_gradient_whose_importance_overflows_leaves_no_trace(self, backend: str) -> None:
         model, allocator = trained(31, backend=backend)
