@@ -99,6 +99,7 @@ def test_runs_repeat_and_meet_the_same_data() -> None:
     first, other = execute(TINY, run), execute(TINY, replace(run, setting=Setting("lora", "varied", 1.0)))
     again = execute(TINY, run)
     assert first | {"seconds": 0} == again | {"seconds": 0}
+    assert first["gamma"] == 0.1 and first["regularizer_to_loss"] > 0
     assert first["start"] == other["start"] and first["true_ranks"] == other["true_ranks"]
 
 
@@ -181,6 +182,8 @@ def test_compact_file_keeps_the_runs(tmp_path: Path) -> None:
     assert table(kept) == table(results)
     data = json.loads((tmp_path / "teacher.json").read_text())
     assert data["protocol"] == json.loads(json.dumps(asdict(TINY)))
+    tuned = [row for row in data["runs"] if row["seed"] in TINY.tuning_seeds]
+    assert tuned and all("ranks" not in row for row in tuned)
     data["runs"][0].pop("rate")
     (tmp_path / "teacher.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match="results: expected runs in"):
