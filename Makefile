@@ -40,14 +40,14 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks
 
 # The paper's methods on tasks that need no hub, in paper-runs; begun again, it goes on where it was cut off.
 paper: setup
 	$(BIN)/python -m benchmarks.paper stand-ins
 
 # On a machine with a GPU, with its own python3 and packages. DRY=1 interprets tiny shapes; PART=i/n is a share of the
-# full sweep, PART=questions what decides between designs.
+# full sweep, PART=steps whole training steps, PART=questions what decides between designs.
 gpu: $(if $(DRY),setup)
 	$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(DRY),--dry) $(if $(PART),--part $(PART))
 

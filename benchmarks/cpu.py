@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ TOKENS = (1024, 4096)
 RANK = 12
 LAYERS = (12, 72, 224, 1000)
 FUSED_TOKENS = (256, 1024)
+STEP_SWEEP = ((2, RANK), (32, RANK), (8, 4), (8, 48))  # rows of a batch, and rank
 ABSENT = {
     "Liger": "its kernels are Triton's, for a GPU, and none of them is a LoRA layer",
     "LoRAFusion": "its kernels are Triton's, for a GPU",
@@ -67,7 +69,8 @@ def show(record: dict[str, Any]) -> str:
     if record["benchmark"] == "training step":
         times = ", ".join(f"{name} {t['median']:.0f}" for name, t in record["milliseconds"].items())
         ratios = ", ".join(f"{name} {r:.2f}" for name, r in record["ours_over_lora"].items())
-        return f"step of {case['model']}, ms: {times}; of PEFT LoRA's: {ratios} (noise {record['noise']:.3f})"
+        head = f"step of {case['model']}, {case['rows']} rows, R={case['R']}"
+        return f"{head}, ms: {times}; of PEFT LoRA's: {ratios} (noise {record['noise']:.3f})"
     if "importance_to_copy" in record:
         parts = [
             f"{part} {by['native']:.2f} / {by['reference']:.1f}"
@@ -121,6 +124,9 @@ def cases(cores: int, rounds: int) -> Iterator[Callable[[], dict[str, Any]]]:
         yield partial(fused_importance.measure, 24, 768, m, RANK, cores, 2 * rounds)
     for model in models.SMALL:
         yield partial(measure_step, model, RANK, torch.float32, "cpu", cores, rounds)
+    for rows, rank in STEP_SWEEP:
+        model = replace(models.SMALL[0], rows=rows)
+        yield partial(measure_step, model, rank, torch.float32, "cpu", cores, max(5, rounds // 2))
     yield from growth.curves(cores, max(5, rounds // 2))
     for live in growth.LIVE:
         yield partial(growth.measure_pruned, live, cores, max(5, rounds // 2))

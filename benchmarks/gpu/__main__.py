@@ -1,9 +1,9 @@
 """``python3 -m benchmarks.gpu``: correctness first, then the core set of timings, then the record of this device.
 
-With ``--part i/n`` the i-th of n shares of the full sweep (begun again, it goes on where it was cut off), with
-``--part questions`` what decides between designs, with ``--part parity`` the small correctness cases alone (parity:i,
-the i-th of all). ``--dry`` walks the same code with Triton's interpreter on the CPU. Exits 1 where a check fails or a
-bound is missed.
+With ``--part i/n`` the i-th of n shares of the full sweep (begun again, it goes on where it was cut off), with ``--part
+steps`` whole training steps, with ``--part questions`` what decides between designs, with ``--part parity`` the small
+correctness cases alone (parity:i, the i-th of all). ``--dry`` walks the same code with Triton's interpreter on the CPU.
+Exits 1 where a check fails or a bound is missed.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def main() -> int:
     """Run the part that was asked for."""
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="interpret tiny shapes on the CPU; nothing is timed")
-    parser.add_argument("--part", default="core", help="core (default), parity, questions, or i/n of the full sweep")
+    parser.add_argument("--part", default="core", help="core (default), steps, parity, questions, or i/n of the sweep")
     parser.add_argument("--seconds", type=float, default=450, help="no case is begun after so long (default 450)")
     where = "where records go (default benchmarks/results; for a dry run build/dry, which git ignores)"
     parser.add_argument("--results", type=Path, help=where)
     options = parser.parse_args()
     share = re.fullmatch(r"(\d+)/(\d+)", options.part)
     one = re.fullmatch(r"parity:(\d+)", options.part)
-    known = options.part in ("core", "parity", "questions") or one is not None
+    known = options.part in ("core", "steps", "parity", "questions") or one is not None
     if not known and not (share and 1 <= int(share[1]) <= int(share[2])):
-        parser.error(f"--part: expected core, parity, questions or i/n with 1 <= i <= n, got {options.part!r}")
+        parser.error(f"--part: expected core, steps, parity, questions or i/n with 1 <= i <= n, got {options.part!r}")
     if options.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
     import torch
@@ -67,6 +67,8 @@ def main() -> int:
         return parity(machine, int(one[1]) if one else None)
     if options.part == "questions":
         return questions(machine, deadline)
+    if options.part == "steps":
+        return whole_steps(machine, deadline)
     return sweep(machine, int(share[1]), int(share[2]), deadline) if share else core(machine, deadline)
 
 
@@ -166,6 +168,22 @@ def questions(machine: Machine, deadline: float) -> int:
     return 0 if content["complete"] else 1
 
 
+def whole_steps(machine: Machine, deadline: float) -> int:
+    """Training steps of whole models, written to a file of their own."""
+    from benchmarks import records
+    from benchmarks.gpu import steps
+
+    content: dict[str, Any] = {"environment": machine.environment(), "records": []}
+    for record in steps.steps(machine, deadline):
+        content["records"].append(record)
+        print(shown(record), flush=True)
+    found = list(steps.rows(content["records"]))
+    path = machine.results / f"{machine.name}-steps.json"
+    records.write(path, content | {"rows": [row.record() for row in found]})
+    print("\n".join(["", *map(str, found), f"written to {path}"]))
+    return 0 if machine.dry or all(row.holds for row in found) else 1
+
+
 def sweep(machine: Machine, part: int, parts: int, deadline: float) -> int:
     """Every shape, number of tokens, rank and adapter dtype of this share that is not yet recorded."""
     from benchmarks import records
@@ -202,6 +220,9 @@ def shown(record: dict[str, Any]) -> str:
         frozen = record["microseconds"]["frozen"]["median"]
         ratios = ", ".join(f"{name} {ratio:.3f}" for name, ratio in record["ratio_to_frozen"].items())
         return f"{head}: frozen {frozen:.1f} µs; {ratios}"
+    if "phases" in record:
+        times = (f"{name} {value['median']:.1f} ms" for name, value in record["milliseconds"].items())
+        return f"{head}: {', '.join(times)}"
     if "microseconds" in record:
         times = (f"{name} {value['median']:.1f} µs" for name, value in record["microseconds"].items())
         return f"{head}: {', '.join(times)}"

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.gpu import steps as gpu_steps
 from benchmarks.step import measure, models, systems
 
 TINY = [replace(model, rows=2, columns=8) for model in models.SMALL]
@@ -44,6 +45,15 @@ def test_contestants_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(systems, "patch_model", faulty)
     with pytest.raises(AssertionError, match="ours: losses differ from PEFT's"):
         measure.measure(TINY[0], 4, torch.float32, "cpu", 1, rounds=2, warmup=0)
+
+
+def test_rows_of_the_gpu_name_both_ranks_of_lora() -> None:
+    case = {"model": models.REAL[0].name, "lora": gpu_steps.RANK}
+    ratios = {systems.OURS: 3.5, systems.OURS_SWEPT: 2.5}
+    record = {"case": case, "peft_over_ours": ratios, "ours_over_lora": {systems.OURS: 0.9, systems.OURS_SWEPT: 1.1}}
+    found = list(gpu_steps.rows([record, record | {"case": case | {"lora": gpu_steps.TARGET}}]))
+    assert len(found) == 6 and sum(row.holds for row in found) == 3
+    assert list(gpu_steps.rows([record | {"case": case | {"model": "another"}}])) == []
 
 
 def test_saved_bytes_count_each_storage_once() -> None:
