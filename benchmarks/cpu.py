@@ -135,7 +135,7 @@ def cases(cores: int, rounds: int) -> Iterator[Callable[[], dict[str, Any]]]:
 def main() -> int:
     """Measure, record, print; 1 where a bound is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=25, help="timed rounds per case (default 25)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds per case (default 15)")
     parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json", help="where the record goes")
     options = parser.parse_args()
     about = environment()
