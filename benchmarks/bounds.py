@@ -43,4 +43,4 @@ def _missed(record: Mapping[str, Any], cores: int) -> Iterator[str]:
         yield f"Importance, {about}: {times:.2f} x the time of a plain copy exceeds {COPY_MUST} x"
 
 
-__all__ = ["COPY_MUST", "ENGINE", "ENGINE_MUST", "FLOOR_MARGIN", "misses"]
+__all__ = ["COPY_MUST", "ENGINE", "ENGINE_MUST", "FLOOR_MARGIN", "LAYER", "misses"]

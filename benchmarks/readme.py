@@ -1,102 +1,162 @@
-"""``python -m benchmarks.readme``: write the README table from the records; ``--check`` only compares."""
+"""``python -m benchmarks.readme``: write README's measured section from the records; ``--check`` only compares."""
 
 from __future__ import annotations
 
 import argparse
-import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.bounds import COPY_MUST, ENGINE, ENGINE_MUST, FLOOR_MARGIN, LAYER, misses
+from benchmarks.report.sources import MAKE_BENCH, Measured, Source, read_folder
+from benchmarks.report.verdicts import HELD, MISSED, OPEN, on_gpu
+
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured: begin (python -m benchmarks.readme) -->", "<!-- measured: end -->"
+REPORT = "adalora-kernels bench --report"
+# A contestant's column, in a table of layers and of steps.
+_OF_LAYERS = {"ours": "ours", "peft": "PEFT", "addmm_": "`addmm_` by hand", "PEFT LoRA": "PEFT LoRA"}
+_OF_STEPS = {
+    "ours": "ours",
+    ENGINE: "ours, `AdaLoraAdamW`",
+    "PEFT AdaLoRA": "PEFT AdaLoRA",
+    "PEFT LoRA": "PEFT LoRA",
+    "full fine-tuning": "full",
+}
 
 
-def load() -> dict[str, Any]:
-    """The committed records of the CPU."""
-    record: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
-    return record
+def section(results: Path = RESULTS) -> str:
+    """What README says of the records, in Markdown.
+
+    Raises:
+        ValueError: the folder has no record of ``make bench``.
+    """
+    sources, _ = read_folder(results)
+    by_bench = [source for source in sources if any(origin.command == MAKE_BENCH for origin in source.origins)]
+    if not by_bench:
+        raise ValueError(f"results: expected a record of {MAKE_BENCH}, {results} holds none; run it")
+    return "\n\n".join(part for part in (*_of_cpu(by_bench[0]), _of_gpu(sources)) if part)
 
 
-def table(result: dict[str, Any]) -> str:
-    """The section in Markdown."""
-    about = result["environment"]
-    lines = [
-        f"On {about['cores']} cores of an {about['device']}, torch {about['torch']}, PEFT {about['peft']}, commit "
-        f"`{about['commit']}`, by `make bench`; medians of interleaved rounds in one process.",
-        "",
-        "The layer, forward + backward, R = 12, as a multiple of the frozen `F.linear` (the floor is its arithmetic):",
-        "",
-        "| K×N | tokens | dtype | threads | ours | PEFT | `addmm_` by hand | floor |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    engines, parts, fused = [], [], []
-    for record in result["records"]:
-        case = record["case"]
-        if "ratio_to_frozen" in record:
-            r = record["ratio_to_frozen"]
-            lines.append(
-                f"| {case['K']}×{case['N']} | {case['M']} | {case['dtype']} | {case['threads']} | {r['ours']:.3f} "
-                f"| {r['peft']:.3f} | {r['addmm_']:.3f} | {record['flop_floor']:.3f} |"
-            )
-        elif "importance_to_copy" in record:
-            cells = [f"{by['native']:.1f} / {by['reference']:.0f}" for by in record["microseconds_per_layer"].values()]
-            parts.append(
-                f"| {case['layers']} × {case['model'].replace('x', '×')} | {case['threads']} | {' | '.join(cells)} "
-                f"| {record['importance_to_copy']:.2f} |"
-            )
-        elif "added_to_backward" in record:
-            way = {name: sample["median"] for name, sample in record["added_to_backward"].items()}
-            fused.append(
-                f"{case['layers']} layers of {case['K']}×{case['N']}, {case['M']} tokens: "
-                f"{way['launched']:.2f} ms launched, {way['fused']:.2f} ms fused, beside "
-                f"{record['milliseconds']['backward alone']['median']:.1f} ms"
-            )
-        else:
-            added, times = record["added_milliseconds"], record["peft_over_ours"]
-            engines.append(
-                f"| {case['matrices']} | {case['threads']} | {record['milliseconds']['AdamW alone']['median']:.1f} | "
-                f"{added['PEFT']:.1f} | {added['ours']:.2f} ({times['ours']:.1f}×) | "
-                f"{added['ours, AdaLoraAdamW']:.2f} ({times['ours, AdaLoraAdamW']:.1f}×) |"
-            )
-    lines += [
-        "",
-        "What importance + masking + orthogonality add to the optimizer's step, DeBERTa-v3-base's matrices at r = 12, "
-        "fp32, and how many times less that is than PEFT's:",
-        "",
-        "| matrices | threads | fused AdamW, ms | PEFT adds | ours adds, any optimizer | ours adds, `AdaLoraAdamW` |",
-        "|---|---|---|---|---|---|",
-        *engines,
-        "",
-        "How its parts grow: µs a layer, ours / backend `reference` (plain PyTorch, layer by layer), r = 12, fp32; and "
-        "importance as a multiple of a plain copy that moves as many bytes:",
-        "",
-        "| layers | threads | importance | AdamW + importance | orthogonality | masking | importance / copy |",
-        "|---|---|---|---|---|---|---|",
-        *parts,
-        "",
-        "What importance adds to a backward, launched before the optimizer's step or fused into the backward (off by "
-        f"default): {'; '.join(fused)}.",
-    ]
-    return "\n".join(lines)
+def _of_cpu(source: Source) -> Iterator[str]:
+    about, measured = source.origins[0].environment, source.measured
+    cores = about["cores"]
+    yield (
+        f"On {cores} core{'s' * (cores != 1)} of an {about['device']}, torch {about['torch']}, PEFT {about['peft']}, "
+        f"commit `{about['commit']}`, by `{MAKE_BENCH}` (`benchmarks/results/{source.file}`); medians of rounds in "
+        f"turn in one process. `{REPORT}` makes a page of all that was recorded: growth, roofline, memory, operators."
+    )
+    yield from _layers([m for m in measured if m.benchmark == LAYER])
+    yield " ".join(_engine(m) for m in measured if "added_milliseconds" in m.record)
+    yield from _steps([m for m in measured if "phases" in m.record])
+    yield _bounds([m.record for m in measured])
 
 
-def replaced(readme: str, section: str) -> str:
+def _layers(measured: Sequence[Measured]) -> Iterator[str]:
+    if not measured:
+        return
+    columns = {c: said for c, said in _OF_LAYERS.items() if all(c in m.record["ratio_to_frozen"] for m in measured)}
+    ranks = " and ".join(sorted({str(m.case["R"]) for m in measured}))
+    yield (
+        f"The layer, forward + backward, R = {ranks}, as a multiple of the frozen `F.linear` (the floor is its "
+        "arithmetic; the noise is how far a ratio may be from 1 and show nothing):"
+    )
+    rows = []
+    for m in measured:
+        case, ratios = m.case, m.record["ratio_to_frozen"]
+        noise = m.noise("frozen", "ours")
+        cells = [f"{ratios[c]:.3f}" + " ≈" * (abs(ratios[c] - 1) <= noise) for c in columns]
+        shape = f"{case['K']}×{case['N']}"
+        rows.append(
+            [shape, case["M"], case["dtype"], case["threads"], *cells, f"{m.record['flop_floor']:.3f}", _percent(noise)]
+        )
+    yield _table(["K×N", "tokens", "dtype", "threads", *columns.values(), "floor", "noise"], rows)
+
+
+def _engine(m: Measured) -> str:
+    added, over, case = m.record["added_milliseconds"], m.record["peft_over_ours"], m.case
+    alone = m.milliseconds["AdamW alone"]["median"]
+    ways = {"ours": "ours with any optimizer", ENGINE: "ours with `AdaLoraAdamW`"}
+    ours = ", ".join(f"{said} {added[c]:.2f} ms ({over[c]:.1f} times less)" for c, said in ways.items())
+    return (
+        f"Importance + masking + orthogonality of {case['matrices']} matrices of DeBERTa-v3-base at R = {case['R']}, "
+        f"{case['threads']} thread{'s' * (case['threads'] != 1)}: to the {alone:.1f} ms of fused AdamW PEFT adds "
+        f"{added['PEFT']:.1f} ms, {ours}."
+    )
+
+
+def _steps(measured: Sequence[Measured]) -> Iterator[str]:
+    if not measured:
+        return
+    columns = {c: said for c, said in _OF_STEPS.items() if all(c in m.milliseconds for m in measured)}
+    first = {m.case["model"]: m for m in reversed(measured)}  # the others are its sweeps
+    yield "A whole training step, ms; in brackets what part of PEFT's LoRA's that is (≈: inside the noise):"
+    rows = []
+    for m in reversed(first.values()):
+        case, times, lora = m.case, m.milliseconds, m.record["ours_over_lora"]
+        noise = m.noise("ours", "PEFT LoRA")
+        cells = [
+            f"{times[c]['median']:.0f}" + (f" ({lora[c]:.2f}{' ≈' * (abs(lora[c] - 1) <= noise)})" if c in lora else "")
+            for c in columns
+        ]
+        batch = f"{case['rows']}×{case['columns']}"
+        rows.append([case["model"], batch, case["R"], case["dtype"], case["threads"], *cells, _percent(noise)])
+    yield _table(["model", "batch", "R", "dtype", "threads", *columns.values(), "noise"], rows)
+
+
+def _bounds(records: Sequence[Mapping[str, Any]]) -> str:
+    missed = misses(records)
+    wanted = (
+        f"What must be reached: the layer in fp32 within {FLOOR_MARGIN} of its floor and no slower than PEFT's or "
+        f"`addmm_` by hand; the budget engine with `AdaLoraAdamW` on all cores {ENGINE_MUST:g} times less than PEFT's; "
+        f"importance at most {COPY_MUST} times a plain copy of its bytes; a training step no slower than PEFT's "
+        "AdaLoRA. "
+    )
+    said = "\n".join(["`make bench` exits 1 for what is missed:", "", *(f"* {miss}" for miss in missed)])
+    return wanted + (said if missed else "All of it holds.")
+
+
+def _of_gpu(sources: Sequence[Source]) -> str:
+    verdicts = list(on_gpu(sources))
+    states = Counter(verdict.state for verdict in verdicts)
+    devices = sorted({f"{v.origin.device} (`benchmarks/results/{v.origin.file}`)" for v in verdicts if v.origin})
+    if not devices:
+        return "Nothing has been timed on a GPU yet."
+    return (
+        f"By `make gpu` on {', '.join(devices)}: {states[HELD]} bounds hold, {states[MISSED]} are missed, "
+        f"{states[OPEN]} are not measured yet; the page has each."
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def _percent(noise: float) -> str:
+    return f"±{100 * noise:.1f}%"
+
+
+def replaced(readme: str, made: str) -> str:
     """``readme`` with the part between the marks exchanged."""
     head, _, rest = readme.partition(BEGIN)
     _, mark, tail = rest.partition(END)
     if not mark:
         raise ValueError(f"README.md: expected the marks {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n{section}\n{END}{tail}"
+    return f"{head}{BEGIN}\n{made}\n{END}{tail}"
 
 
 def main() -> int:
-    """Write the table, or with --check exit 1 where README disagrees."""
+    """Write the section, or with --check exit 1 where README disagrees."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README disagrees")
     path = ROOT / "README.md"
+    check = parser.parse_args().check
     now = path.read_text(encoding="utf-8")
-    wanted = replaced(now, table(load()))
-    if parser.parse_args().check:
+    wanted = replaced(now, section())
+    if check:
         return int(now != wanted)
     path.write_text(wanted, encoding="utf-8")
     return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import adalora_kernels
 from adalora_kernels.cli.errors import plain_errors
 
-MEASURE, REPORT = "benchmarks.cpu", "benchmarks.report"
+MEASURE, REPORT = "benchmarks", "benchmarks.report"
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -58,6 +58,7 @@ _OF_CONTESTANT = {
     "fused": "orange",
 }
 _CYCLE = ("blue", "vermilion", "green", "orange", "purple", "sky", "grey")
+_UNKNOWN = _CYCLE.index("grey")
 _MARKS = "osD^vPX"
 _STYLE = {
     "font.family": "sans-serif",
@@ -186,7 +187,7 @@ def bars(groups: Sequence[Group], axes: Axes, line: float | None = None, limit: 
         ax.set_xlim(min(0.0, *(sum(_parts(b).values()) for g in groups for b in g.bars)), longest * 1.22)
         ax.locator_params(axis="x", nbins=5)
         ax.set_xlabel(axes.x)
-        handles = [matplotlib.patches.Patch(color=_of(part, i), label=part) for i, part in enumerate(parts)]
+        handles: list[Any] = [matplotlib.patches.Patch(color=_of(part, i), label=part) for i, part in enumerate(parts)]
         if limited:
             handles.append(matplotlib.lines.Line2D([], [], color=_hex("ink"), linewidth=2, label=limit))
         if handles:
@@ -241,15 +242,19 @@ def _parts(bar: Bar) -> Mapping[str, float]:
 def _draw(ax: Any, at: float, bar: Bar, parts: Sequence[str], longest: float) -> None:
     end = 0.0
     for part, value in _parts(bar).items():
-        colour = _of(part, parts.index(part)) if part else _of(bar.colour, 0)
+        colour = _of(part, parts.index(part)) if part else _of(bar.colour, _UNKNOWN)
         ax.barh(at, value, left=end, height=0.78, color=colour, hatch="///" if bar.unsure else None)
         end += value
     ax.text(max(end, 0.0) + 0.015 * longest, at, bar.text or number(end), va="center")
 
 
 def _of(name: str, index: int) -> str:
-    role = _OF_CONTESTANT.get(name, name if name in _COLOURS else _CYCLE[index % len(_CYCLE)])
-    return _hex(role)
+    if name in _COLOURS:
+        return _hex(name)
+    whose = next(
+        (known for known in (name, name.partition(",")[0], name.partition(" ")[0]) if known in _OF_CONTESTANT), ""
+    )
+    return _hex(_OF_CONTESTANT[whose] if whose else _CYCLE[index % len(_CYCLE)])
 
 
 def _hex(role: str) -> str:

@@ -51,10 +51,10 @@ class Figure:
         return f"{self.title}. {rows}."
 
     @property
-    def file(self) -> str:
-        """The name of its PNG."""
+    def stem(self) -> str:
+        """The name of its PNG, less the ending."""
         stem = "-".join(dict.fromkeys(origin.file.removesuffix(".json") for origin in self.origins))
-        return re.sub(r"[^a-z0-9]+", "-", f"{stem} {self.title}".lower()).strip("-") + ".png"
+        return re.sub(r"[^a-z0-9]+", "-", f"{stem} {self.title}".lower()).strip("-")
 
     @property
     def address(self) -> str:

@@ -61,7 +61,8 @@ def alike(measured: Sequence[Measured], *keys: str) -> list[list[Measured]]:
     """The records in groups that agree in these parts of record or case."""
     groups: dict[tuple[object, ...], list[Measured]] = defaultdict(list)
     for m in measured:
-        groups[(m.origin.file, *(str(m.case.get(key, m.record.get(key))) for key in keys))].append(m)
+        told = tuple(str(m.case.get(key, m.record.get(key))) for key in keys)
+        groups[(m.origin.file, *told)].append(m)
     return list(groups.values())
 
 
@@ -119,7 +120,7 @@ def growth(group: list[Measured]) -> list[Figure]:
     squares = [m for m in group if m.case["K"] == m.case["N"]]
     kept = [m for m in squares if all(m.case.get(key) == _usual(squares, key) for key in ("M", "R"))]
     if len({m.case["K"] for m in kept}) >= _LEAST_POINTS:
-        found += _grown(_lines(kept, "K", False, ""), kept, "width (in- and out-features)")
+        found += _grown(list(_lines(kept, "K", False, "")), kept, "width (in- and out-features)")
     return found
 
 

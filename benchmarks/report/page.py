@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import jinja2
 
 from benchmarks.report import engine, layers, speedups, steps, verdicts
 from benchmarks.report.draw import WIDTH
+from benchmarks.report.figures import Section
 from benchmarks.report.sources import Source, read_folder
 
 _HERE = Path(__file__).parent
@@ -36,9 +39,11 @@ def write(results: Path, output: Path) -> Path:
         raise ValueError(f"--output: expected a folder, {output} is a file or lies below one; name another") from None
     for stale in plots.glob("*.png"):
         stale.unlink()
-    for section in sections:
-        for figure in section.figures:
-            (plots / figure.file).write_bytes(figure.plot.png)
+    named: Counter[str] = Counter()
+    for figure in (figure for section in sections for figure in section.figures):
+        named[figure.stem] += 1
+        again = f"-{named[figure.stem]}" if named[figure.stem] > 1 else ""
+        (plots / f"{figure.stem}{again}.png").write_bytes(figure.plot.png)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -61,7 +66,7 @@ def write(results: Path, output: Path) -> Path:
     return page
 
 
-def _sections(sources: list[Source]) -> chain:  # type: ignore[type-arg]
+def _sections(sources: list[Source]) -> Iterator[Section]:
     return chain(
         speedups.sections(sources),
         layers.sections(sources),

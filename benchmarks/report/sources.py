@@ -19,6 +19,7 @@ _COMMANDS = (
     (r"counts", "python -m benchmarks.step.counts"),
     (r"stand-ins|cost", "make paper"),
     (r".*-sweep", "make gpu PART=i/n"),
+    (r".*-steps", "make gpu PART=steps"),
     (r".*-questions", "make gpu PART=questions"),
     (r".*-tuning", "make tune"),
     (r"dry", "make gpu"),

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.report.draw import Axes, Bar, Group, bars
 from benchmarks.report.figures import Figure, Section, Table
-from benchmarks.report.layers import FROZEN, OURS, PEFT, alike, is_curve, split, what
+from benchmarks.report.layers import FROZEN, OURS, alike, is_curve, split, what
 from benchmarks.report.sources import Measured, Source
 from benchmarks.report.wording import labels, name, number, sentence
 
-_RIVALS = (PEFT, "addmm_", "PEFT LoRA", "original", "original, torch.compile", "peft, torch.compile", "one by one")
+_NO_RIVALS = (FROZEN, OURS, "triton:")  # by how their names begin
 _DRAWN = ("ratio_to_frozen", "added_milliseconds", "added_to_backward", "microseconds_per_layer", "phases", "operators")
 
 
@@ -56,7 +56,7 @@ def _layer_ratios(m: Measured) -> dict[str, tuple[float, float]]:
     ratios = m.record.get("ratio_to_frozen", {})
     if OURS not in ratios:
         return {}
-    return {c: (ratios[c] / ratios[OURS], m.noise(c, OURS)) for c in ratios if c in _RIVALS and c != FROZEN}
+    return {c: (ratios[c] / ratios[OURS], m.noise(c, OURS)) for c in ratios if not c.startswith(_NO_RIVALS)}
 
 
 def _recorded(m: Measured) -> dict[str, tuple[float, float]]:

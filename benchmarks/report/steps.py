@@ -36,10 +36,12 @@ def sections(sources: Sequence[Source]) -> Iterator[Section]:
     kept = [m for m in every if isinstance(m.record.get("saved_bytes"), Mapping)]
     seen = {(m.origin.file, str(m.case.get("model"))) for m in kept if "phases" in m.record}
     kept = [m for m in kept if "phases" in m.record or (m.origin.file, str(m.case.get("model"))) not in seen]
+    peaks = [m for m in every if "peak_bytes" in m.record]
     yield Section(
         "Memory",
         "Bytes of the distinct storages that a forward keeps for its backward, parameters aside.",
-        [memory(group) for group in alike(kept, "dtype", "R")],
+        [memory(group, "saved_bytes", "Saved for the backward") for group in alike(kept, "dtype", "R")]
+        + [memory(g, "peak_bytes", "Peak of a step, beyond what it finds") for g in alike(peaks, "dtype", "R")],
     )
     yield Section(
         "Operators of a training step",
@@ -108,19 +110,19 @@ def growth(group: list[Measured], key: str, axis: str) -> list[Figure]:
     ]
 
 
-def memory(group: list[Measured]) -> Figure:
-    """Saved bytes of each contestant, by model."""
+def memory(group: list[Measured], field: str, title: str) -> Figure:
+    """Bytes of each contestant under this field of the records, by model."""
     common = shared([m.case for m in group])
     drawn, rows = [], []
     for m, label in zip(group, labels([m.case for m in group]), strict=True):
-        kept: Mapping[str, Any] = {c: b for c, b in m.record["saved_bytes"].items() if c != AGAIN}
+        kept: Mapping[str, Any] = {c: b for c, b in m.record[field].items() if c != AGAIN}
         drawn.append(Group(label, [Bar(name(c), b / _MIB, c) for c, b in kept.items()]))
         rows += [
             [label or sentence(m.case), name(c), number(b / _MIB), f"{b:,}".replace(",", "\u202f")]
             for c, b in kept.items()
         ]
     return Figure(
-        ", ".join(["Saved for the backward", *common]),
+        ", ".join([title, *common]),
         bars(drawn, Axes("MiB")),
         Table(["model", "contestant", "MiB", "bytes"], rows),
         group,

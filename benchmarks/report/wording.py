@@ -27,6 +27,8 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "matrices": lambda value: f"{value} matrices",
     "adapter": lambda value: f"{value} adapter",
     "live": lambda value: f"{value} triplets left",
+    "lora": lambda value: f"LoRA's rank {value}",
+    "target": lambda value: f"target rank {value}",
     "rows": lambda value: f"{value} sequences",
     "columns": lambda value: f"{value} tokens each",
 }

@@ -6,16 +6,56 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from benchmarks.readme import load, replaced, table
+from benchmarks.readme import BEGIN, END, replaced, section
+from tests.benchmarks.test_report import ABOUT, GPU, folder_of, gpu_content, layer, step
 
 README = Path(__file__).parents[2] / "README.md"
 
 
-def test_table_is_made_from_the_records() -> None:
+# A measured figure in prose: a number, in digits or words, with a unit or with what it compares.
+FIGURE = re.compile(
+    r"(?:\d[\d.,]*|\b(?:two|three|four|five|six|seven|eight|nine|ten|twelve|hundred|half))\s*"
+    r"(?:×|%|[mµn]s\b|[MG]i?B\b|times\b|fold\b|(?:\w+ )?(?:operators|launches)\b|percent\b)",
+    re.IGNORECASE,
+)
+
+
+def test_section_is_made_from_the_records() -> None:
     text = README.read_text(encoding="utf-8")
-    assert text == replaced(text, table(load())), "run: python -m benchmarks.readme"
+    assert text == replaced(text, section()), "run: python -m benchmarks.readme"
+
+
+def test_prose_has_no_figure_of_its_own() -> None:
+    text = README.read_text(encoding="utf-8")
+    own = text.partition(BEGIN)[0] + text.partition(END)[2]
+    prose = re.sub(r"```.*?```|`[^`]*`", "", own, flags=re.DOTALL)
+    assert not FIGURE.findall(prose), (
+        "measured figures belong to benchmarks/readme.py, which reads them off the records"
+    )
+    for faulty in ("ten times less", "some 88 small operators", "1.5× a copy", "takes 3 ms", "5 % more", "12 MiB"):
+        assert FIGURE.search(faulty), faulty
+
+
+def test_section_with_and_without_steps(tmp_path: Path) -> None:
+    layers = {"environment": ABOUT, "records": [layer(), step(1.5)]}
+    said = section(folder_of(tmp_path, cpu=layers))
+    assert "| 768×768 | 1024 | float32 | 2 | 1.070 | 1.300 | 1.130 | 1.047 | ±1.0% |" in said
+    assert "| BART, small | 8×64 | 12 | float32 | 2 | 33 (0.90) | 33 (0.80) | 33 | 33 | 33 | ±2.0% |" in said
+    assert "All of it holds." in said and "Nothing has been timed on a GPU yet." in said
+    said = section(folder_of(tmp_path, cpu={"environment": ABOUT, "records": [layer()]}))
+    assert "training step, ms" not in said
+    with_gpu = folder_of(tmp_path, **{"a-gpu": gpu_content(GPU)})
+    assert "By `make gpu` on a GPU (`benchmarks/results/a-gpu.json`): 3 bounds hold, 1 are missed" in section(with_gpu)
+
+
+def test_section_names_misses(tmp_path: Path) -> None:
+    said = section(folder_of(tmp_path, cpu={"environment": ABOUT, "records": [step(0.8)]}))
+    assert "* Training step, BART, small, 8 sequences" in said and "ours takes 1.250 of PEFT AdaLoRA's time." in said
+    with pytest.raises(ValueError, match="expected a record of make bench"):
+        section(folder_of(tmp_path / "other", other={"environment": ABOUT, "records": [layer()]}))
 
 
 def examples() -> list[str]:
