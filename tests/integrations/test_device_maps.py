@@ -11,6 +11,9 @@ from peft import PeftModel
 from peft.tuners.adalora.layer import SVDLinear
 from torch import nn
 
+from adalora_kernels.allocator import find_triplets, triplets
+from adalora_kernels.allocator.devices import SpreadState
+from adalora_kernels.integrations.checkpoint import save_training_state
 from adalora_kernels.integrations.peft import layer_report, patch_model, patch_peft, unpatch_model
 from adalora_kernels.integrations.svd_layer import FusedSVDLinear
 from tests.integrations.one_layer import fused_calls as fused_calls
@@ -123,3 +126,36 @@ def test_adapters_that_were_themselves_offloaded_fail_as_in_peft(tmp_path: Path)
     assert messages[0] == messages[1]
     reasons = {report.reason for report in layer_report(twin) if not report.fused}
     assert reasons == {"lora_A is a Parameter on meta"}
+
+
+def test_layers_spread_while_they_train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From one device to two, and from a checkpoint of these to three: averages, masks and weights as if never moved.
+
+    The devices are marks on the layers' E.
+    """
+    monkeypatch.setattr(triplets, "place_of", lambda E: getattr(E, "mark", 0))
+
+    def spread(model: PeftModel, places: int) -> None:
+        for i, t in enumerate(find_triplets(model)):
+            t.lora_E.mark = i % places
+
+    plain = build("llama", dtype=torch.float64, layers=1, total_step=12, tinit=0, tfinal=2, deltaT=2)
+    whole, moved, resumed = (patch_model(copy.deepcopy(plain)) for _ in range(3))
+    spread(resumed, 3)
+    for start in (0, 3, 6):
+        train(whole, 3, start=start)
+    train(moved, 3)
+    spread(moved, 2)
+    train(moved, 3, start=3)
+    moved.save_pretrained(tmp_path)
+    save_training_state(moved, tmp_path)
+    resumed.load_adapter(tmp_path, "default", is_trainable=True)
+    train(resumed, 3, start=6)
+    kinds = [type(model.base_model.rank_allocator().importance) for model in (whole, moved, resumed)]
+    assert kinds[0] is not SpreadState and kinds[1:] == [SpreadState, SpreadState]
+    assert resumed.peft_config["default"].rank_pattern == whole.peft_config["default"].rank_pattern is not None
+    for name, value in adapter_parameters(whole).items():
+        assert torch.equal(adapter_parameters(resumed)[name], value), name
+    averages = [unpatch_model(model).base_model.rankallocator.exp_avg_ipt for model in (whole, resumed)]
+    assert averages[0].keys() == averages[1].keys() != set()
+    assert all(torch.equal(averages[1][name], value) for name, value in averages[0].items())
