@@ -182,8 +182,8 @@ class BudgetEngine:
             raise ValueError("model: expected the layers that this allocator was made for, found other shapes")
         if self.clock is not None or self.fused is not None:
             refuse_several_devices("capturable=True or fuse_backward()", triplets)
-        self.model, self.triplets = model, triplets
         self.importance = follow_devices(self.importance, triplets)
+        self.model, self.triplets = model, triplets
         if self.clock is not None:
             self.clock.move_to(triplets[0].lora_E.device)
 
