@@ -42,9 +42,9 @@ def run(options: argparse.Namespace) -> int:
     """One cell, with as many seeds as were asked for."""
     preset = presets.find(options.task, options.method, options.budget)
 
-    from benchmarks.paper.run import execute, first_process
+    from benchmarks.paper.run import execute
     from benchmarks.paper.tasks.load import load
-    from benchmarks.paper.training import Machine
+    from benchmarks.paper.training import Machine, processes
 
     task = TASKS[options.task]
     machine = Machine(options.precision, options.device_batch, options.workers, options.save_steps)
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     for seed in _seeds(options):
         one = records.Run(task, options.method, preset, seed, options.model or preset.model, options.output)
         record = execute(one, found, machine)
-        if first_process():
+        if processes().is_main_process:
             print(f"{one.name}\n{tables.line(record)}", flush=True)
     return 0
 

@@ -39,7 +39,8 @@ def scores(task: Task, trainer: Trainer, rows: Dataset, features: Dataset) -> di
         features: what ``encode`` made of them; for answers with ``training=False``.
     """
     if task.kind == SUMMARIES:
-        said = trainer.predict(features).predictions
+        # Where several processes generate, the last batch is filled up with rows that were there before.
+        said = trainer.predict(features).predictions[: len(rows)]
         tokenizer: Any = trainer.processing_class
         texts = tokenizer.batch_decode(
             np.where(said == IGNORED, tokenizer.pad_token_id, said), skip_special_tokens=True

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 
@@ -76,13 +75,8 @@ def execute(run: Run, rows: Mapping[str, Dataset], machine: training.Machine) ->
     return record
 
 
-def first_process() -> bool:
-    """Whether this is the one of several processes that writes and prints."""
-    return bool(PartialState().is_main_process)
-
-
 def _features(run: Run, rows: Dataset, tokenizer: Any, machine: training.Machine, learning: bool) -> Dataset:
-    with PartialState().main_process_first():  # the others find what it has put into the cache
+    with training.processes().main_process_first():  # the others find what it has put into the cache
         return training.features(run.task, rows, tokenizer, run.preset, machine.workers, training=learning)
 
 
@@ -95,4 +89,4 @@ def _same(run: Run, settings: dict[str, Any]) -> None:
         )
 
 
-__all__ = ["execute", "first_process"]
+__all__ = ["execute"]

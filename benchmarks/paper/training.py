@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 from transformers import (
@@ -37,6 +38,8 @@ NOT_RESUMED = ("adalora-peft",)  # PEFT can't load its own checkpoint into a tra
 class Machine:
     """How a run uses what it runs on; nothing of it changes what is computed, but for rounding.
 
+    The loss is the mean of the devices' and accumulated steps' means, in which a short summary's tokens weigh more.
+
     Attributes:
         precision: of ``PRECISIONS``.
         device_batch: rows a device takes at a time; the rest of the preset's batch is accumulated.
@@ -52,14 +55,28 @@ class Machine:
     bars: bool = True
 
 
+def processes() -> PartialState:
+    """Those that share this training: one, or as many as torchrun or accelerate has started.
+
+    Without an accelerator that has to be said, or each process would train by itself.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def pretrained(task: Task, source: str | Path) -> nn.Module:
     """The pretrained model with a head for the task."""
-    if task.kind == SUMMARIES:
-        return AutoModelForSeq2SeqLM.from_pretrained(source)
-    if task.kind == ANSWERS:
-        return AutoModelForQuestionAnswering.from_pretrained(source)
     problem = {"problem_type": "regression"} if task.kind == REGRESSION else {}
-    return AutoModelForSequenceClassification.from_pretrained(source, num_labels=task.classes, **problem)
+    model: nn.Module
+    if task.kind == SUMMARIES:
+        model = AutoModelForSeq2SeqLM.from_pretrained(source)
+    elif task.kind == ANSWERS:
+        model = AutoModelForQuestionAnswering.from_pretrained(source)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=task.classes, **problem)
+    # These take any keyword, so that the Trainer believes they divide by the number of items in a whole batch. They
+    # take the mean over what they are given: the Trainer has to average over accumulated steps and over processes.
+    model.accepts_loss_kwargs = False  # type: ignore[assignment]
+    return model
 
 
 def features(task: Task, rows: Dataset, tokenizer: Any, preset: Preset, workers: int, training: bool) -> Dataset:
@@ -110,7 +127,8 @@ def trainer(
         save_strategy="steps" if resumable else "no", save_steps=machine.save_steps, save_total_limit=1,
         logging_steps=max(1, setting.total_steps // 50),
         report_to=["tensorboard"] if is_tensorboard_available() else [],
-        disable_tqdm=not machine.bars, log_level="passive" if machine.bars else "error",
+        use_cpu=not torch.accelerator.is_available(), disable_tqdm=not machine.bars,
+        log_level="passive" if machine.bars else "error",
         predict_with_generate=task.kind == SUMMARIES, generation_max_length=preset.target_length or None,
         generation_num_beams=preset.beams or None, dataloader_pin_memory=False,
     )  # fmt: skip
@@ -139,4 +157,4 @@ def train(run: Trainer, folder: Path) -> None:
     run.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
 
 
-__all__ = ["NOT_RESUMED", "PRECISIONS", "Machine", "features", "pretrained", "setting", "train", "trainer"]
+__all__ = ["NOT_RESUMED", "PRECISIONS", "Machine", "features", "pretrained", "processes", "setting", "train", "trainer"]

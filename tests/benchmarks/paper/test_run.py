@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,35 +12,10 @@ from transformers import TrainerCallback
 
 from benchmarks.paper import presets, records, tables, training
 from benchmarks.paper import run as running
-from benchmarks.paper.records import Run
 from benchmarks.paper.run import execute
-from benchmarks.paper.standin import STAND_INS, base, rows
+from benchmarks.paper.standin import STAND_INS, rows
 from benchmarks.paper.training import Machine
-
-SETTINGS = base.BaseSettings(hidden=32, layers=1, vocabulary=300, longest=48, steps=2, batch=4)
-
-
-@pytest.fixture(scope="module")
-def parts() -> rows.Parts:
-    """A corner of the standard library."""
-    return rows.read(Path(sysconfig.get_path("stdlib")) / "email")
-
-
-@pytest.fixture(scope="module")
-def bases(parts: rows.Parts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {kind: str(base.pretrained(kind, base.Text.of(parts), SETTINGS, folder)) for kind in base.KINDS}
-
-
-def standin(name: str, method: str, output: Path, bases: dict[str, str], **changes: Any) -> Run:
-    preset = presets.find(name, method, None)
-    small = {"epochs": 1, "batch": 8, "length": 32, "overlap": 8 if preset.overlap else 0, "size": min(preset.size, 2)}
-    preset = replace(preset, **{**small, **changes})
-    return Run(STAND_INS[name], method, preset, 0, bases[preset.model], output)
-
-
-def some(name: str, parts: rows.Parts, count: int = 24) -> Any:
-    return {split: part.select(range(min(count, len(part)))) for split, part in rows.make(name, parts).items()}
+from tests.benchmarks.paper.small import some, standin
 
 
 @pytest.mark.parametrize("name", STAND_INS)
