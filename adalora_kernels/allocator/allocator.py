@@ -140,8 +140,7 @@ class RankAllocator(BudgetEngine):
         Raises:
             ValueError: no parameter has a gradient where one is needed, that is, ``backward`` was not called or the
                 gradients are already cleared; ``total_step`` is not set; a layer was frozen; variant "paper" without
-                ``update_importance`` before the optimizer's step; or another step than the attached optimizer or the
-                callback has just made. Nothing changes.
+                ``update_importance`` before the optimizer's step; or another step than was made. Nothing changes.
         """
         if self.captured and self.clock is not None:
             return self.clock.budget, self.clock.threshold

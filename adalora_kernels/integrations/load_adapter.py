@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from adalora_kernels.allocator import find_triplets
+from adalora_kernels.integrations.adapter import CONFIG_FILE
 from adalora_kernels.integrations.checkpoint import (
     STATE_FILE,
     TrainingState,
@@ -33,7 +34,6 @@ from adalora_kernels.integrations.rank_pattern import by_layer
 if TYPE_CHECKING:
     from adalora_kernels.integrations.adalora_model import FusedAdaLoraModel
 
-_CONFIG_FILE = "adapter_config.json"
 _AUTOCAST = 2  # place of autocast_adapter_dtype among load_adapter's arguments after adapter_name
 _CURE = f"take another checkpoint, or delete {STATE_FILE} there to go on with averages that start anew"
 
@@ -93,7 +93,7 @@ class _Arrival:
         self.pattern = self._config_pattern() if self.state is None else {}
 
     def _config_pattern(self) -> dict[str, list[bool]]:
-        file = self.folder / _CONFIG_FILE
+        file = self.folder / CONFIG_FILE
         try:
             pattern = json.loads(file.read_text(encoding="utf-8")).get("rank_pattern") if file.is_file() else None
             return by_layer(pattern or {}, [t.name for t in self.allocator.triplets], self.allocator.name)

@@ -12,7 +12,7 @@ import gc
 import warnings
 from typing import Any, Literal
 
-from transformers import DefaultFlowCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adalora_kernels.allocator import RankAllocator
 from adalora_kernels.integrations.training_driver import Driver, driver_for
@@ -57,11 +57,6 @@ class AdaLoraCallback(TrainerCallback):
         self.layer_ranks = layer_ranks
         self._driver: Driver | None = None
         self._last_step = 0
-
-    def attach(self, trainer: Trainer) -> AdaLoraCallback:
-        """Add this to a ``trainer`` that was made without it."""
-        trainer.callback_handler.callbacks.insert(0, self)
-        return self
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from tests.integrations.small_models import VOCABULARY
@@ -24,7 +23,7 @@ class _Sentences(torch.utils.data.Dataset):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
-def make_trainer(model: PeftModel, folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+def make_trainer(model: nn.Module, folder: Path, *callbacks: Any, **options: Any) -> Trainer:
     """A Trainer of 20 optimizer steps, each of one micro-batch, that saves nothing."""
     settings = {
         "output_dir": str(folder), "max_steps": 20, "per_device_train_batch_size": 2, "learning_rate": 5e-3,

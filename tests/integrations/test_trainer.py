@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from adalora_kernels.allocator import RankAllocator, compute_orth_regu
 from adalora_kernels.integrations.checkpoint import STATE_FILE
@@ -21,28 +21,13 @@ from adalora_kernels.integrations.peft import patch_model
 from adalora_kernels.integrations.trainer import AdaLoraCallback
 from adalora_kernels.nn import SVDLinear
 from tests.integrations.small_models import VOCABULARY, adapter_parameters, build, live_total
+from tests.integrations.small_models_trainer import make_trainer
 
 STEPS = 20
 
 
-class _Sentences(torch.utils.data.Dataset):
-    def __init__(self, rows: int = 96) -> None:
-        self.tokens = torch.randint(1, VOCABULARY, (rows, 6), generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
-
-
 def _trainer(model: nn.Module, folder: Path, callbacks: list[Any], **options: Any) -> Trainer:
-    settings = {
-        "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2, "logging_steps": 5, "learning_rate": 5e-3, "report_to": [], "use_cpu": True,
-        "save_strategy": "no", "seed": 0, "disable_tqdm": True, "lr_scheduler_type": "constant", **options,
-    }  # fmt: skip
-    return Trainer(model, TrainingArguments(**settings), train_dataset=_Sentences(), callbacks=callbacks)
+    return make_trainer(model, folder, *callbacks, **{"gradient_accumulation_steps": 2, **options})
 
 
 def _record_calls(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -132,7 +117,7 @@ def test_a_schedule_of_another_length_is_warned_about_once(total_step: int | Non
     assert model.peft_config["default"].total_step == (total_step or 500)
 
 
-@pytest.mark.parametrize("how", ["callbacks", "add_callback", "attach"])
+@pytest.mark.parametrize("how", ["callbacks", "add_callback"])
 def test_its_figures_reach_reporters(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which the Trainer puts before a user's callbacks."""
     seen: list[dict[str, float]] = []
@@ -147,8 +132,6 @@ def test_its_figures_reach_reporters(how: str, tmp_path: Path, monkeypatch: pyte
     trainer = _trainer(model, tmp_path, [callback] if how == "callbacks" else [])
     if how == "add_callback":
         trainer.add_callback(callback)
-    elif how == "attach":
-        callback.attach(trainer)
     trainer.train()
     figures = {"live_rank", "budget", "orthogonality"}
     assert figures < {key.removeprefix("adalora/") for key in seen[0]} and "adalora/threshold" in seen[-2]
