@@ -172,7 +172,7 @@ def bars(groups: Sequence[Group], axes: Axes, line: float | None = None, limit: 
                 at += _HEADER / _ROW / 2 + 0.4
             first = at
             for bar in group.bars:
-                _draw(ax, at, bar, parts, longest)
+                _draw(ax, at, bar, parts, longest, line or 0.0)
                 places.append(at)
                 names.append(bar.name)
                 at += 1
@@ -211,7 +211,7 @@ def curves(lines: Sequence[Curve], axes: Axes) -> Plot:
         if axes.log_y:
             _logarithmic(ax.set_yscale, ax.yaxis)
         else:
-            ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+            ax.set_ylim(bottom=min(0.0, *(y for line in lines for _, y in line.points)))
         if axes.ticks:
             ax.set_xticks(axes.ticks, [f"{tick:g}" for tick in axes.ticks])
             ax.minorticks_off()
@@ -239,13 +239,13 @@ def _parts(bar: Bar) -> Mapping[str, float]:
     return bar.values if isinstance(bar.values, Mapping) else {"": bar.values}
 
 
-def _draw(ax: Any, at: float, bar: Bar, parts: Sequence[str], longest: float) -> None:
+def _draw(ax: Any, at: float, bar: Bar, parts: Sequence[str], longest: float, line: float) -> None:
     end = 0.0
     for part, value in _parts(bar).items():
         colour = _of(part, parts.index(part)) if part else _of(bar.colour, _UNKNOWN)
         ax.barh(at, value, left=end, height=0.78, color=colour, hatch="///" if bar.unsure else None)
         end += value
-    ax.text(max(end, 0.0) + 0.015 * longest, at, bar.text or number(end), va="center")
+    ax.text(max(end, line) + 0.015 * longest, at, bar.text or number(end), va="center")
 
 
 def _of(name: str, index: int) -> str:

@@ -9,7 +9,7 @@ from benchmarks.report.draw import Axes, Bar, Curve, Group, bars, curves
 from benchmarks.report.figures import Figure, Section, Table
 from benchmarks.report.layers import BYTES_COPIED, alike, what
 from benchmarks.report.sources import Measured, Source
-from benchmarks.report.wording import labels, name, number, sentence
+from benchmarks.report.wording import capital, labels, name, number, sentence, shared
 
 
 def sections(sources: Sequence[Source]) -> Iterator[Section]:
@@ -56,7 +56,7 @@ def added_to_step(group: list[Measured]) -> Figure:
         ]  # fmt: skip
     return Figure(
         what(group),
-        bars(drawn, Axes("ms added to the optimizer's step")),
+        bars(drawn, Axes("ms added to a step")),
         Table(["case", "contestant", "ms added", "PEFT / it", "AdamW alone, ms", "noise"], rows),
         group,
     )
@@ -111,7 +111,7 @@ def by_layers(group: list[Measured]) -> list[Figure]:
         rows = [[name(b), str(x), number(y)] for b, line in lines.items() for x, y in sorted(line)]
         found.append(
             Figure(
-                f"{name(part)}: {what(group)}",
+                capital(", ".join([name(part), *shared([m.case for m in group])])),
                 curves(
                     [Curve(name(backend), line, backend) for backend, line in lines.items()],
                     Axes("adapted layers", "µs a layer", log_x=True, log_y=True, ticks=counts),
@@ -137,7 +137,7 @@ def copy_floor(group: list[Measured]) -> Figure:
              f"±{100 * m.noise('importance, native', 'copy'):.1f}%"]
         )  # fmt: skip
     return Figure(
-        f"Importance against the copy floor: {what(group)}",
+        ", ".join(["Importance against the copy floor", *shared([m.case for m in group])]),
         curves(
             [Curve("plain copy", lines["copy"], "copy"), Curve("importance, ours", lines["native"], "native")],
             Axes("MB moved", "GB/s", log_x=True),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from benchmarks.report.draw import Axes, Bar, Curve, Group, bars, curves
 from benchmarks.report.figures import Figure, Section, Table
 from benchmarks.report.sources import Measured, Source
-from benchmarks.report.wording import labels, name, number, sentence, shared
+from benchmarks.report.wording import capital, labels, name, number, sentence, shared
 
 FROZEN, OURS, PEFT = "frozen", "ours", "peft"
 _MOST_CASES = 6  # in one plot
@@ -59,10 +59,10 @@ def is_curve(m: Measured) -> bool:
 
 def alike(measured: Sequence[Measured], *keys: str) -> list[list[Measured]]:
     """The records in groups that agree in these parts of record or case."""
-    groups: dict[tuple[object, ...], list[Measured]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
     for m in measured:
-        told = tuple(str(m.case.get(key, m.record.get(key))) for key in keys)
-        groups[(m.origin.file, *told)].append(m)
+        group = (m.origin.file, *(str(m.case.get(key, m.record.get(key))) for key in keys))
+        groups[group].append(m)
     return list(groups.values())
 
 
@@ -75,7 +75,7 @@ def what(group: Sequence[Measured]) -> str:
     """The benchmark, and what its cases have in common."""
     direction = group[0].record.get("direction")
     said = ", ".join([group[0].benchmark + (f" {direction}" if direction else ""), *shared([m.case for m in group])])
-    return said[0].upper() + said[1:]
+    return capital(said)
 
 
 def beyond(group: list[Measured]) -> Figure:
@@ -139,7 +139,7 @@ def _lines(points: Sequence[Measured], key: str, by_shape: bool, colour: str) ->
             yield Curve(shape if by_shape else name(contestant), line, colour if by_shape else contestant)
     floors = [(m.case[key], m.record["flop_floor"]) for m in points if "flop_floor" in m.record]
     if floors:
-        yield Curve(f"floor, {shape}" if by_shape else "floor", floors, colour or "ink", dotted=True)
+        yield Curve(f"floor, {shape}" if by_shape else "floor", floors, colour if by_shape else "ink", dotted=True)
 
 
 def _grown(lines: Sequence[Curve], used: Sequence[Measured], axis: str) -> list[Figure]:

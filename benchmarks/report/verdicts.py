@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.bounds import misses
 from benchmarks.report.sources import MAKE_BENCH, Origin, Source
-from benchmarks.report.wording import number, sentence
+from benchmarks.report.wording import capital, number, sentence
 
 HELD, MISSED, OPEN = "held", "missed", "open"
 
@@ -91,7 +91,7 @@ def on_gpu(sources: Sequence[Source]) -> Iterator[Verdict]:
     for target in TARGETS:
         found = [_row(row, origin) for row, origin in rows if target.rows and re.fullmatch(target.rows, row["name"])]
         found += [verdict for source in gpus for verdict in _recorded(target, source)]
-        yield from found or [Verdict(OPEN, f"{_capital(target.said)}. No GPU has measured it yet.", None)]
+        yield from found or [Verdict(OPEN, f"{capital(target.said)}. No GPU has measured it yet.", None)]
     known = "|".join(target.rows for target in TARGETS if target.rows)
     yield from (_row(row, origin) for row, origin in rows if not re.fullmatch(known, row["name"]))
     checked = [source for source in gpus if "checks_held" in source.content]
@@ -123,14 +123,10 @@ def _recorded(target: Target, source: Source) -> Iterator[Verdict]:
 def _verdict(what: str, figure: float, bound: float, at_least: bool, origin: Origin) -> Verdict:
     if figure >= bound if at_least else figure <= bound:
         return Verdict(
-            HELD, f"{_capital(what)} is {number(figure)}, {'at least' if at_least else 'at most'} {bound:g}.", origin
+            HELD, f"{capital(what)} is {number(figure)}, {'at least' if at_least else 'at most'} {bound:g}.", origin
         )
     wanted = f"less than the {bound:g} it must reach" if at_least else f"more than the {bound:g} it may be"
-    return Verdict(MISSED, f"{_capital(what)} is {number(figure)}, {wanted}.", origin)
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+    return Verdict(MISSED, f"{capital(what)} is {number(figure)}, {wanted}.", origin)
 
 
 __all__ = ["HELD", "MISSED", "OPEN", "TARGETS", "Verdict", "on_cpu", "on_gpu"]

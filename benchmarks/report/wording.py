@@ -77,6 +77,11 @@ def sentence(case: Mapping[str, Any]) -> str:
     return ", ".join(phrases(case))
 
 
+def capital(text: str) -> str:
+    """With its first letter as at the beginning of a sentence."""
+    return text[:1].upper() + text[1:]
+
+
 def number(value: float) -> str:
     """Three significant figures or so, thousands parted."""
     if abs(value) >= 100:
@@ -84,4 +89,4 @@ def number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
-__all__ = ["labels", "name", "number", "phrases", "sentence", "shared"]
+__all__ = ["capital", "labels", "name", "number", "phrases", "sentence", "shared"]
