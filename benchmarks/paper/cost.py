@@ -7,6 +7,7 @@ is. LoRA's rank is AdaLoRA's target, so that both end with as many parameters.
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import version
@@ -27,6 +28,7 @@ TIMED = (LORA, PEFT, OURS, OURS_SWEPT)
 MEGABYTE = 1e6
 # Rows and tokens of a batch. DeBERTa-v3-base's are those of the released scripts, each input padded to the longest.
 BATCH = {"cuda": {"mnli": (32, 256), "sst2": (32, 128)}, "cpu": {"mnli": (4, 64), "sst2": (4, 32)}}
+CLOCK = {"cuda": "until the device is idle", "cpu": "CPU time of one thread"}
 COUNTED = {
     "cuda": "parameters, optimizer state, and the most that a step allocates",
     "cpu": "trained parameters, optimizer state, and what the forward keeps for the backward",
@@ -50,6 +52,7 @@ def measured(device: str, rounds: int) -> dict[str, Any]:
         raise ValueError(f"device: expected cpu, or cuda where there is a GPU, got {device!r}")
     if rounds < 2:
         raise ValueError(f"rounds: expected at least 2, got {rounds}")
+    torch.set_num_threads(1)
     model = SMALL[0] if device == "cpu" else REAL[0]
     records = []
     for task, (rows, columns) in BATCH[device].items():
@@ -73,7 +76,7 @@ def _record(task: str, budget: str, model: Model, target: int, device: str, roun
     batches = [model.batch(device, seed) for seed in range(BATCHES)]
     check_equal(found, batches, TOLERANCE)
     contestants = {name: _steps(found[name], batches) for name in TIMED}
-    seconds = interleave(contestants, rounds, clock=lambda run: clocked(run, device))
+    seconds = interleave(contestants, rounds, clock=_cpu_seconds if device == "cpu" else _until_idle)
     about = {"task": task, "budget": budget, "target": target, "model": model.name.split(", 32×")[0]}
     return {
         "benchmark": "AdaLoRA beside LoRA",
@@ -81,6 +84,7 @@ def _record(task: str, budget: str, model: Model, target: int, device: str, roun
         "milliseconds": {name: milliseconds(taken) for name, taken in seconds.items()},
         "over_lora": {name: ratio(seconds[name], seconds[LORA]) for name in TIMED[1:]},
         "rounds": rounds,
+        "clock": CLOCK[device],
         "memory": COUNTED[device],
         "megabytes": {name: _bytes(found[name], batches[0], device) / MEGABYTE for name in TIMED},
     }  # fmt: skip
@@ -100,6 +104,17 @@ def _steps(system: System, batches: list[dict[str, Tensor]]) -> Callable[[], Cal
         return step
 
     return prepared
+
+
+def _cpu_seconds(run: Callable[[], object]) -> float:
+    """Of one thread, which is what an idle machine would take: others may use this one at the same time."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def _until_idle(run: Callable[[], object]) -> float:
+    return clocked(run, "cuda")
 
 
 def _bytes(system: System, batch: dict[str, Tensor], device: str) -> int:

@@ -71,8 +71,9 @@ def cost_table() -> str:
     about, first = found["environment"], found["records"][0]
     lines = [
         f"**A training step of AdaLoRA and LoRA** (the paper's table 15), {first['case']['model']} on "
-        f"{about['device']}, {about['threads']} threads, fp32; torch {about['torch']}, PEFT {about['peft']}, "
-        f"commit {about['commit']}. Medians of {first['rounds']} steps in turn; memory is {first['memory']}.",
+        f"{about['device']}, fp32; torch {about['torch']}, PEFT {about['peft']}, "
+        f"commit {about['commit']}. Medians of {first['rounds']} steps in turn, {first['clock']}; every step ranks. "
+        f"Memory is {first['memory']}.",
         "",
         "| task | budget | r | LoRA, ms | AdaLoRA by PEFT | ours | ours, `AdaLoraAdamW` | LoRA, MB | PEFT | ours |",
         "|---" * 10 + "|",

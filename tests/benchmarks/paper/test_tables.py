@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 
 from benchmarks import records as schema
 from benchmarks.paper import __main__ as command
-from benchmarks.paper import presets, records, tables
+from benchmarks.paper import cost, presets, publish, records, tables
 from benchmarks.paper.methods import METHODS
 from benchmarks.paper.standin import STAND_INS
 from benchmarks.paper.tasks import TASKS
 from benchmarks.paper.training import PRECISIONS
+from benchmarks.step import models
 
 
 def test_every_cell_has_a_method_and_a_task() -> None:
@@ -136,3 +138,19 @@ def test_what_is_committed_is_what_was_run_without_the_losses(tmp_path: Path) ->
     }
     assert back["order", "head", "b"][1].items() >= {k: v for k, v in runs[1].items() if k != "losses"}.items()
     assert tables.not_beaten(back) == tables.not_beaten(put(*runs))
+
+
+def test_cost_of_every_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cost, "BATCH", {"cpu": {"sst2": (2, 8)}})
+    monkeypatch.setattr(cost, "SMALL", [replace(models.SMALL[0], build=lambda: models._deberta(64, 1, 32))])
+    monkeypatch.setattr(publish, "COST", tmp_path / "cost.json")
+    monkeypatch.setattr(publish, "RUNS", tmp_path / "none.json")
+    publish.keep_cost(cost.measured("cpu", rounds=2))
+    found = schema.read(publish.COST)["records"]
+    assert [(r["case"]["R"], r["case"]["target"]) for r in found] == [(2, 1), (4, 2), (12, 8)]
+    for record in found:
+        assert record["megabytes"]["ours"] <= record["megabytes"]["PEFT AdaLoRA"]
+        assert min(times["p20"] for times in record["milliseconds"].values()) > 0
+    shown = publish.cost_table()
+    assert all(f"| SST-2, 2×8 | {budget} |" in shown for budget in ("0.08%", "0.16%", "0.65%"))
+    assert "MNLI 1.10×, 1.11×, 1.11×; SST-2 1.18×, 1.16×, 1.16×" in shown  # the paper's
