@@ -73,8 +73,11 @@ def save_training_state(target: nn.Module | RankAllocator, directory: str | Path
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{STATE_FILE}.partial"
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    save_file(copies, partial, metadata={"format": _FORMAT, "content": json.dumps(content)})
-    os.replace(partial, folder / STATE_FILE)
+    try:
+        save_file(copies, partial, metadata={"format": _FORMAT, "content": json.dumps(content)})
+        os.replace(partial, folder / STATE_FILE)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_training_state(target: nn.Module | RankAllocator, directory: str | Path) -> None:

@@ -22,7 +22,7 @@ from adalora_kernels.ops.checks import check_layer
 from adalora_kernels.ops.importance import sink_of
 from adalora_kernels.reference.svd_linear import Adapter
 
-_SEED_RANGE = 2**63 - 1
+SEED_RANGE = 2**63 - 1
 
 
 def svd_linear(
@@ -126,7 +126,7 @@ def _call(
     seed = None
     if dropout_p > 0 and lora_A.shape[0] > 0:
         # A tensor, so that no host sync is needed, a CUDA graph can replay it, and checkpointing regenerates it.
-        seed = torch.randint(_SEED_RANGE, (1,), dtype=torch.int64, device=x.device)
+        seed = torch.randint(SEED_RANGE, (1,), dtype=torch.int64, device=x.device)
     adapter = Adapter(lora_A, lora_E, lora_B, mask, seed, float(scaling), dropout_p, dtype)
     if torch.compiler.is_compiling():
         # Names only: the op chooses when it runs, where the compiler doesn't trace.
@@ -138,14 +138,15 @@ def _call(
     return y
 
 
-def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
+def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
     """Launchers cast by themselves. Entered only where autocast is on: even to turn off what is off takes 5 µs."""
     on = torch.is_autocast_enabled(x.device.type)
     return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
 
 
 @cache
-def _launchers(selection: Selection) -> tuple[Any, Any]:
+def launchers(selection: Selection) -> tuple[Any, Any]:
+    """Forward and backward of a backend, the plan that was asked for among their arguments."""
     module = implementation("svd_linear", selection.backend)
     if selection.backend is Backend.REFERENCE:
         return module.forward, module.backward
@@ -172,11 +173,11 @@ def _forward(
     selection: Selection,
 ) -> tuple[Tensor, Tensor]:
     """Launch with tokens flattened; ``base`` is added to in place."""
-    launch, _ = _launchers(selection)
+    launch, _ = launchers(selection)
     n = adapter.lora_B.shape[0]
     tokens = math.prod(x.shape[:-1])  # not -1, which K = 0 or N = 0 would leave open
     base_2d = None if base is None else base.reshape(tokens, n)
-    with _autocast_off(x):
+    with autocast_off(x):
         y, u = launch(x.reshape(tokens, x.shape[-1]), weight, bias, base_2d, adapter)
     if base is None and x.dim() == 2:
         return y, u
@@ -196,12 +197,12 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight, bias, A, E, B, each None where ``needs`` doesn't ask for it."""
     need_x, need_weight, need_bias, *need_adapter = needs
-    _, launch = _launchers(selection)
+    _, launch = launchers(selection)
     tokens = math.prod(x.shape[:-1])
     g = grad_y.reshape(tokens, grad_y.shape[-1])
     x_2d = x.reshape(tokens, x.shape[-1])
     dw = db = None
-    with _autocast_off(x):
+    with autocast_off(x):
         dx, dA, dE, dB = launch(g, x_2d, u, weight, adapter, (need_x, *need_adapter))
         if need_weight and weight is not None:
             dw = (g.to(adapter.compute_dtype).t() @ x_2d.to(adapter.compute_dtype)).to(weight.dtype)
@@ -336,4 +337,4 @@ torch.library.register_autograd(
 )
 
 
-__all__ = ["compute_dtype_of", "svd_linear", "svd_linear_into"]
+__all__ = ["SEED_RANGE", "autocast_off", "compute_dtype_of", "launchers", "svd_linear", "svd_linear_into"]

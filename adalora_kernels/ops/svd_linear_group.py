@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from adalora_kernels.backends.select import Backend, Selection, select
 from adalora_kernels.ops.checks import check_layer
 from adalora_kernels.ops.importance import sink_of
-from adalora_kernels.ops.svd_linear import _SEED_RANGE, _autocast_off, _launchers, compute_dtype_of, svd_linear
+from adalora_kernels.ops.svd_linear import SEED_RANGE, autocast_off, compute_dtype_of, launchers, svd_linear
 from adalora_kernels.reference import svd_linear_group as one_by_one
 from adalora_kernels.reference.svd_linear import Adapter
 from adalora_kernels.reference.svd_linear_group import Member
@@ -88,7 +88,7 @@ def svd_linear_group(
     for w, a, e, b, bias, mask, c in group:
         seed = None
         if probability > 0 and a.shape[0] > 0:
-            seed = torch.randint(_SEED_RANGE, (1,), dtype=torch.int64, device=x.device)
+            seed = torch.randint(SEED_RANGE, (1,), dtype=torch.int64, device=x.device)
         arguments += [w, bias, a, e, b, mask, seed]
         numbers.append((float(c), probability, dtype))
     outputs: tuple[Tensor, ...] = _SVDLinearGroup.apply(numbers, selection, x, *arguments)
@@ -143,7 +143,7 @@ def _group_launchers(selection: Selection) -> tuple[Callable[..., Any], Callable
 
         plan = selection.plan_asked_for
         return partial(group.forward, plan=plan), partial(group.backward, plan=plan)
-    forward, backward = _launchers(selection)
+    forward, backward = launchers(selection)
     return partial(one_by_one.forward, launch=forward), partial(one_by_one.backward, launch=backward)
 
 
@@ -152,7 +152,7 @@ class _SVDLinearGroup(torch.autograd.Function):
     def forward(ctx: Any, numbers: Any, selection: Selection, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         launch, _ = _group_launchers(selection)
         tokens = math.prod(x.shape[:-1])  # not -1, which K = 0 or N = 0 would leave open
-        with _autocast_off(x):
+        with autocast_off(x):
             made = launch(x.reshape(tokens, x.shape[-1]), _members(tensors, numbers))
         ctx.save_for_backward(x, *tensors, *(u for _, u in made))
         ctx.numbers, ctx.selection = numbers, selection
@@ -177,7 +177,7 @@ class _SVDLinearGroup(torch.autograd.Function):
         x_2d = x.reshape(tokens, x.shape[-1])
         grads = [None if g is None else g.reshape(tokens, g.shape[-1]) for g in grad_ys]
         found: list[Tensor | None] = [None, None]
-        with _autocast_off(x):
+        with autocast_off(x):
             dx, gradients = launch(grads, x_2d, us, members, need_x, needs)
             found.append(None if dx is None else dx.view(x.shape))
             for i, (g, (weight, bias, adapter)) in enumerate(zip(grads, members, strict=True)):

@@ -319,6 +319,7 @@ def test_a_write_that_fails_leaves_the_file_of_before(
     with pytest.raises(OSError, match="no space"):
         save_training_state(model, tmp_path)
     assert (tmp_path / STATE_FILE).read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == [STATE_FILE]
 
 
 def test_wrong_targets(tmp_path: Path) -> None:
