@@ -211,7 +211,8 @@ def curves(lines: Sequence[Curve], axes: Axes) -> Plot:
         if axes.log_y:
             _logarithmic(ax.set_yscale, ax.yaxis)
         else:
-            ax.set_ylim(bottom=min(0.0, *(y for line in lines for _, y in line.points)))
+            heights = [y for line in lines for _, y in line.points]
+            ax.set_ylim(min(0.0, *heights), 1.08 * max(heights))
         if axes.ticks:
             ax.set_xticks(axes.ticks, [f"{tick:g}" for tick in axes.ticks])
             ax.minorticks_off()

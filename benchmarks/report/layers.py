@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from benchmarks.report.draw import Axes, Bar, Curve, Group, bars, curves
@@ -124,9 +124,11 @@ def growth(group: list[Measured]) -> list[Figure]:
     return found
 
 
-def _usual(group: Sequence[Measured], key: str) -> object:
-    values = [m.case.get(key) for m in group]
-    return max(values, key=lambda value: (values.count(value), value or 0), default=None)
+def _usual(group: Sequence[Measured], key: str) -> int | None:
+    """The value that most have; of several such the one in the middle. None where they have none."""
+    counts = Counter(int(m.case[key]) for m in group if key in m.case)
+    usual = sorted(value for value, count in counts.items() if count == max(counts.values()))
+    return usual[(len(usual) - 1) // 2] if usual else None
 
 
 def _lines(points: Sequence[Measured], key: str, by_shape: bool, colour: str) -> Iterator[Curve]:
