@@ -9,10 +9,17 @@ import pytest
 import torch
 
 from adalora_kernels.reference.importance import TripletLayout
-from benchmarks import cpu, readme
+from benchmarks import cpu
 from benchmarks.micro import fused_importance, scaling
+from benchmarks.report import engine
+from benchmarks.report.sources import Measured, Origin, Source
 
-ABOUT = {"cores": 1, "device": "a CPU", "torch": "2", "peft": "0", "commit": "c"}
+
+def titles(record: dict[str, Any]) -> list[str]:
+    """Of the report's figures."""
+    origin = Origin("cpu.json", "make bench", {"device": "a CPU", "commit": "c"})
+    source = Source(origin.file, {}, (origin,), (Measured(record, origin),))
+    return [figure.title for section in engine.sections([source]) for figure in section.figures]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +46,8 @@ def test_scaling_record() -> None:
             assert 2 * value == pytest.approx(1e3 * record["milliseconds"][f"{part}, {backend}"]["median"])
     assert record["importance_to_copy"] > 0
     assert "tiny, 2 layers" in cpu.show(record)
-    assert "| 2 × tiny | 1 |" in readme.table({"environment": ABOUT, "records": [record]})
+    (title,) = titles(record)
+    assert title.startswith("Importance against the copy floor, tiny, 2 layers")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +86,7 @@ def test_fused_record() -> None:
     assert set(record["added_to_backward"]) == {"launched", "fused"}
     assert set(record["milliseconds"]) == {"backward alone", "launched", "fused"}
     assert "2 layers 16x16 M=8" in cpu.show(record)
-    assert "2 layers of 16×16, 8 tokens" in readme.table({"environment": ABOUT, "records": [record]})
+    assert titles(record) == ["Importance in a backward, 16×16, 2 layers, 8 tokens, rank 4, float32, 1 thread"]
 
 
 def test_fused_must_be_fused(monkeypatch: pytest.MonkeyPatch) -> None:
