@@ -94,10 +94,41 @@ def test_warm_ups_shrink_with_the_training() -> None:
 
 @pytest.mark.parametrize(
     ("machine", "message"),
-    [(Machine("fp8"), "precision: expected one of fp32"), (Machine(device_batch=3), "device_batch: expected a share")],
+    [
+        (Machine("fp8"), "precision: expected one of fp32"),
+        (Machine("fp16"), "precision: fp16 needs a GPU, and there is none; take bf16 or fp32"),
+        (Machine(device_batch=3), "device_batch: expected a share"),
+    ],
 )
 def test_machines_that_do_not_fit(
     machine: Machine, message: str, parts: rows.Parts, bases: dict[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
         execute(standin("order", "lora", tmp_path, bases), some("order", parts), machine)
+
+
+@pytest.mark.parametrize("name", ["order", "first-line"])
+def test_bf16_is_near_fp32(name: str, parts: rows.Parts, bases: dict[str, str], tmp_path: Path) -> None:
+    near, whole = (
+        execute(standin(name, "adalora", tmp_path / precision, bases), some(name, parts), Machine(precision))
+        for precision in ("bf16", "fp32")
+    )
+    assert near["precision"] == "bf16" and near["losses"] != whole["losses"]
+    assert near["losses"] == pytest.approx(whole["losses"], rel=0.05)
+
+
+def test_logs_lie_beside_the_checkpoints(parts: rows.Parts, bases: dict[str, str], tmp_path: Path) -> None:
+    run = standin("order", "adalora", tmp_path, bases)
+    execute(run, some("order", parts), Machine(bars=False))
+    assert [path.stat().st_size > 0 for path in run.folder.rglob("events.out.tfevents*")] == [True]
+
+
+def test_a_begun_run_with_other_settings_is_refused(parts: rows.Parts, bases: dict[str, str], tmp_path: Path) -> None:
+    run = standin("order", "lora", tmp_path, bases)
+    with pytest.raises(KeyError):  # it ends after its training, since nothing is there to judge it by
+        execute(run, {"train": some("order", parts)["train"]}, Machine())
+    assert run.record is None
+    with pytest.raises(ValueError, match="holds a run with another seed"):
+        other = replace(run, seed=1)
+        run.folder.rename(other.folder)
+        execute(other, some("order", parts), Machine())

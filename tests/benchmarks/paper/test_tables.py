@@ -154,3 +154,8 @@ def test_cost_of_every_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     shown = publish.cost_table()
     assert all(f"| SST-2, 2×8 | {budget} |" in shown for budget in ("0.08%", "0.16%", "0.65%"))
     assert "MNLI 1.10×, 1.11×, 1.11×; SST-2 1.18×, 1.16×, 1.16×" in shown  # the paper's
+
+
+def test_readme_shows_what_is_committed() -> None:
+    text = publish.README.read_text(encoding="utf-8")
+    assert text == publish.with_section(text), "run: python -m benchmarks.paper keep"
