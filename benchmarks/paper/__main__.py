@@ -118,7 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--output", type=Path, default=RUNS, help=f"folder of the runs (default {RUNS})")
     training = argparse.ArgumentParser(add_help=False)
-    training.add_argument("--seeds", type=int, default=1, help="runs, each with a seed of its own (default 1)")
     training.add_argument("--first-seed", type=int, default=0, help="the least of the seeds (default 0)")
     training.add_argument("--precision", choices=PRECISIONS, default="fp32")
     training.add_argument("--device-batch", type=int, default=32, help="rows a device takes at a time (default 32)")
@@ -131,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--budget", help="as the paper prints it, such as 0.32M; may be left out where there is one alone")
     one.add_argument("--data", default="hub", help="a folder with train.json and the like (default: the hub)")
     one.add_argument("--model", help="a folder, or a repository on the hub (default: the paper's)")
+    one.add_argument("--seeds", type=int, default=1, help="runs, each with a seed of its own (default 1)")
     one.set_defaults(do=run)
 
     small = commands.add_parser("stand-ins", parents=[common, training], help="all methods on tasks that need no hub")
@@ -140,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     small.add_argument("--learning-rate", type=float, help="in place of the presets', to find better ones")
     small.add_argument("--sources", type=Path, help="folder of Python sources (default: the standard library)")
     small.add_argument("--processes", type=int, default=2, help="of one thread each (default 2)")
-    small.set_defaults(do=stand_ins, seeds=3)
+    small.add_argument("--seeds", type=int, default=3, help="runs of each method, each with its own (default 3)")
+    small.set_defaults(do=stand_ins)
 
     shown = commands.add_parser("table", parents=[common], help="the runs that exist beside the paper's figures")
     shown.add_argument("name", choices=presets.TABLES)

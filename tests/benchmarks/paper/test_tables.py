@@ -66,6 +66,12 @@ def test_the_command_says_what_is_wrong_in_a_line(
     assert message in said and said.count("\n") == 1
 
 
+def test_seeds_unless_told() -> None:
+    cell = ["run", "--task", "rte", "--method", "lora"]
+    counted = {name: command._parser().parse_args(told).seeds for name, told in (("run", cell), ("all", ["stand-ins"]))}
+    assert counted == {"run": 1, "all": 3}
+
+
 def test_processes_of_a_launcher_are_not_shared_out(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", ["benchmarks.paper", "stand-ins"])
