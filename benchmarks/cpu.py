@@ -108,10 +108,8 @@ def cases(cores: int, rounds: int) -> Iterator[Callable[[], dict[str, Any]]]:
     for threads in sorted({1, cores}):
         shapes = [(k, n, m, torch.float32) for k, n in SHAPES for m in TOKENS]
         shapes += [(k, n, TOKENS[0], torch.bfloat16) for k, n in SHAPES]
-        for i, (k, n, m, dtype) in enumerate(shapes):
-            # What takes long to get ready takes part in one case.
-            more: dict[str, Any] = {"compiled": True, "other_peft": newer_peft()} if i == 0 and threads == cores else {}
-            yield partial(layer.measure, k, n, m, RANK, dtype, threads, rounds, **more)
+        for k, n, m, dtype in shapes:
+            yield partial(layer.measure, k, n, m, RANK, dtype, threads, rounds)
         yield partial(budget_engine.measure, 12, RANK, threads, 2 * rounds)
         yield partial(scaling.measure, scaling.DEBERTA, scaling.deberta(RANK), threads, 2 * rounds)
     for layers in LAYERS:
@@ -122,6 +120,8 @@ def cases(cores: int, rounds: int) -> Iterator[Callable[[], dict[str, Any]]]:
         )  # fmt: skip
     for m in FUSED_TOKENS:
         yield partial(fused_importance.measure, 24, 768, m, RANK, cores, 2 * rounds)
+    k, n = SHAPES[0]
+    yield partial(layer.measure, k, n, TOKENS[0], RANK, torch.float32, cores, rounds, True, newer_peft())
     for model in models.SMALL:
         yield partial(measure_step, model, RANK, torch.float32, "cpu", cores, rounds)
     for rows, rank in STEP_SWEEP:

@@ -10,6 +10,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Contestant
+
 ROOT = Path(__file__).parents[2]
+SETTLED = 0.05  # seconds after which OpenMP's idle threads sleep
+
+
+def settled(prepare: Contestant) -> Contestant:
+    """``prepare``, once the idle threads of the process that had its turn before have stopped spinning."""
+
+    def prepared() -> Callable[[], object]:
+        time.sleep(SETTLED)
+        return prepare()
+
+    return prepared
 
 
 class Elsewhere:
@@ -110,4 +125,4 @@ if __name__ == "__main__":
     main(Path(sys.argv[1]))
 
 
-__all__ = ["Elsewhere"]
+__all__ = ["Elsewhere", "settled"]
