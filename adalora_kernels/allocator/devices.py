@@ -13,15 +13,15 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from adalora_kernels.allocator.state import ImportanceState, Item
+from adalora_kernels.allocator.state import ImportanceState, Item, ScatteredState
 from adalora_kernels.allocator.triplets import Triplet, layout_of, places_of
 from adalora_kernels.backends.select import Backend
-from adalora_kernels.ops.allocation import mask_to_budget, zero_pruned
+from adalora_kernels.ops.allocation import zero_pruned
 from adalora_kernels.ops.checks import floating_state_dtype
 from adalora_kernels.reference.importance import TripletLayout
 
 
-class SpreadState(ImportanceState):
+class SpreadState(ScatteredState):
     """``ImportanceState`` of layers in several places. It has no ``averages``: those of ``per_device()`` have them.
 
     What ``current``, ``set_current``, ``state_dict`` and ``load_state_dict`` give and take is the whole model's, so
@@ -46,7 +46,7 @@ class SpreadState(ImportanceState):
         self.updates = 0
         self.settled = False
         self.threshold = None
-        self._all_E = self.scores.new_zeros(self.layout.total_rank, 1)
+        self.whole_E = self.scores.new_zeros(self.layout.total_rank, 1)
         # The model's triplets in the order of the buckets, and back.
         rows = torch.arange(self.layout.total_rank).split([r for r, _, _ in self.layout.shapes])
         outward = torch.cat([rows[i] for layers in self._members for i in layers])
@@ -90,24 +90,8 @@ class SpreadState(ImportanceState):
         held = zip(self.per_device(), self.split(params), strict=True)
         return self._home([bucket.other_scores(metric, reduction, some) for bucket, some in held])
 
-    def mask(
-        self,
-        scores: Tensor,
-        lora_E: Sequence[Tensor],
-        budget: int | Tensor,
-        enabled: Tensor | None,
-        backend: Backend | None,
-    ) -> Tensor:
-        """As ``ImportanceState.mask``; the threshold is found among all scores, and each device masks its own E."""
-        threshold = mask_to_budget(scores, [self._all_E], budget, self.live, enabled, backend=backend)
-        self._zero(self.live if enabled is None else self.live | ~enabled, lora_E, backend)
-        return threshold
-
-    def zero_pruned(self, lora_E: Sequence[Tensor], backend: Backend | None) -> None:
-        """As ``ImportanceState.zero_pruned``."""
-        self._zero(self.live, lora_E, backend)
-
-    def _zero(self, live: Tensor, lora_E: Sequence[Tensor], backend: Backend | None) -> None:
+    def zero_where_it_lies(self, live: Tensor, lora_E: Sequence[Tensor], backend: Backend | None) -> None:
+        """As ``ScatteredState.zero_where_it_lies``."""
         patterns = live.index_select(0, self._outward).split([b.layout.total_rank for b in self._buckets])
         for bucket, layers, pattern in zip(self._buckets, self._members, patterns, strict=True):
             zero_pruned(pattern.to(bucket.live.device), [lora_E[i] for i in layers], backend=backend)

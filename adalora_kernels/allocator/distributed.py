@@ -13,17 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adalora_kernels.allocator.state import ImportanceState
+from adalora_kernels.allocator.state import ScatteredState
 from adalora_kernels.allocator.triplets import Triplet
 from adalora_kernels.backends.select import Backend
-from adalora_kernels.ops.allocation import mask_to_budget, zero_pruned
+from adalora_kernels.ops.allocation import zero_pruned
 from adalora_kernels.ops.checks import floating_state_dtype
 from adalora_kernels.ops.importance import importance_update, triplet_scores
 from adalora_kernels.ops.shards import Rectangle, Shards, local_part
 from adalora_kernels.reference.importance import TripletLayout, magnitude_scores
 
 _A, _E, _B = range(3)
-_OWN_TENSORS = ("_partial", "_zeros", "_unsharded_E", "_places", "_places_E")
+_OWN_TENSORS = ("_partial", "_zeros", "whole_E", "_places", "_places_E")
 
 
 class _Block(NamedTuple):
@@ -64,7 +64,7 @@ class _Block(NamedTuple):
         return part.view(-1)[self.start : self.start + rows * columns].view(rows, columns)
 
 
-class ShardedState(ImportanceState):
+class ShardedState(ScatteredState):
     """``ImportanceState`` of the elements that lie on this rank; scores and pattern are the whole model's.
 
     To the kernels each rectangle that lies here is a layer of its own, whose other two matrices are zeros that have no
@@ -92,7 +92,7 @@ class ShardedState(ImportanceState):
         self.threshold = None
         self._partial = self.averages.new_zeros(self._local.total_rank)
         self._zeros = self.averages.new_zeros(max((r for r, _, _ in self._local.shapes), default=0))
-        self._unsharded_E = self.averages.new_zeros(layout.total_rank, 1)
+        self.whole_E = self.averages.new_zeros(layout.total_rank, 1)
         # No two of a rank's numbers go to one place: a triplet gets one from each kind and rectangle.
         orders = 1 + max((b.order for b in self._blocks), default=0)
         self._terms = 3 * orders
@@ -180,25 +180,9 @@ class ShardedState(ImportanceState):
             scores = triplet_scores(self._local, *super().current(), reduction)
         return self._summed(scores, reduction)
 
-    def mask(
-        self,
-        scores: Tensor,
-        lora_E: Sequence[Tensor],
-        budget: int | Tensor,
-        enabled: Tensor | None,
-        backend: Backend | None,
-    ) -> Tensor:
-        """As ``ImportanceState.mask``."""
-        threshold = mask_to_budget(scores, [self._unsharded_E], budget, self.live, enabled, backend=backend)
-        self._zero(self.live if enabled is None else self.live | ~enabled, lora_E, backend)
-        return threshold
-
-    def zero_pruned(self, lora_E: Sequence[Tensor], backend: Backend | None) -> None:
-        """As ``ImportanceState.zero_pruned``."""
-        self._zero(self.live, lora_E, backend)
-
     @torch.no_grad()
-    def _zero(self, live: Tensor, lora_E: Sequence[Tensor], backend: Backend | None) -> None:
+    def zero_where_it_lies(self, live: Tensor, lora_E: Sequence[Tensor], backend: Backend | None) -> None:
+        """As ``ScatteredState.zero_where_it_lies``."""
         parts = [local_part(E) for E in lora_E]
         held = [b.of(parts[b.matrix // 3]) for b in self._blocks if b.kind == _E]
         zero_pruned(live[self._places_E], held, backend=backend)

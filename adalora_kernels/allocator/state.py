@@ -186,6 +186,37 @@ class ImportanceState:
         self.threshold = None if threshold is None else threshold.to(self.scores).reshape(())
 
 
+class ScatteredState(ImportanceState):
+    """State of layers whose E lies elsewhere than the pattern: on several devices, or in shards.
+
+    Attributes:
+        whole_E: [total rank, 1], where the scores are; ranking masks it in place of the layers' own.
+    """
+
+    whole_E: Tensor
+
+    def mask(
+        self,
+        scores: Tensor,
+        lora_E: Sequence[Tensor],
+        budget: int | Tensor,
+        enabled: Tensor | None,
+        backend: Backend | None,
+    ) -> Tensor:
+        """As ``ImportanceState.mask``; the threshold is found among all scores, and E is masked where it lies."""
+        threshold = mask_to_budget(scores, [self.whole_E], budget, self.live, enabled, backend=backend)
+        self.zero_where_it_lies(self.live if enabled is None else self.live | ~enabled, lora_E, backend)
+        return threshold
+
+    def zero_pruned(self, lora_E: Sequence[Tensor], backend: Backend | None) -> None:
+        """As ``ImportanceState.zero_pruned``."""
+        self.zero_where_it_lies(self.live, lora_E, backend)
+
+    def zero_where_it_lies(self, live: Tensor, lora_E: Sequence[Tensor], backend: Backend | None) -> None:
+        """Zero E wherever ``live``, bool [total rank], is False."""
+        raise NotImplementedError
+
+
 def check_keys(state: Any, names: tuple[str, ...]) -> None:
     """Hold a checkpoint to the entries that it must have.
 
@@ -197,4 +228,4 @@ def check_keys(state: Any, names: tuple[str, ...]) -> None:
         raise ValueError(f"state: expected what state_dict() returned, found no {', '.join(missing)}")
 
 
-__all__ = ["ImportanceState", "check_keys"]
+__all__ = ["ImportanceState", "ScatteredState", "check_keys"]
