@@ -42,7 +42,7 @@ def execute(run: Run, rows: Mapping[str, Dataset], machine: training.Machine) ->
         return run.record
     set_seed(run.seed)
     tokenizer = AutoTokenizer.from_pretrained(run.model)
-    model = training.pretrained(run.task, run.model)
+    model = training.pretrained(run.task, run.model, run.preset.head_dropout)
     total = sum(p.numel() for p in model.parameters())
     preset = run.preset
     trained_on = _features(run, rows[TRAINING], tokenizer, machine, learning=True)

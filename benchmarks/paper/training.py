@@ -12,6 +12,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -30,7 +31,7 @@ from benchmarks.paper.presets import Preset
 from benchmarks.paper.tasks import ANSWERS, REGRESSION, SUMMARIES, Task, answers, sentences, summaries
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-WARMUP_SHARE, WEIGHT_DECAY = 0.06, 0.01
+WARMUP_SHARE = 0.06  # of all steps, where the preset names none or the training is too short for them
 NOT_RESUMED = ("adalora-peft",)  # PEFT can't load its own checkpoint into a training
 
 
@@ -63,16 +64,25 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def pretrained(task: Task, source: str | Path) -> nn.Module:
-    """The pretrained model with a head for the task."""
-    problem = {"problem_type": "regression"} if task.kind == REGRESSION else {}
+def pretrained(task: Task, source: str | Path, head_dropout: float | None = None) -> nn.Module:
+    """The pretrained model with a head for the task.
+
+    Args:
+        task: what is learnt.
+        source: folder or repository.
+        head_dropout: in front of DeBERTa's classifier; the configuration's own where None.
+    """
     model: nn.Module
     if task.kind == SUMMARIES:
         model = AutoModelForSeq2SeqLM.from_pretrained(source)
     elif task.kind == ANSWERS:
         model = AutoModelForQuestionAnswering.from_pretrained(source)
     else:
-        model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=task.classes, **problem)
+        problem = {"problem_type": "regression"} if task.kind == REGRESSION else {}
+        config = AutoConfig.from_pretrained(source, num_labels=task.classes, **problem)
+        if head_dropout is not None:
+            config.cls_dropout = head_dropout
+        model = AutoModelForSequenceClassification.from_pretrained(source, config=config)
     # These take any keyword, so that the Trainer believes they divide by the number of items in a whole batch. They
     # take the mean over what they are given: the Trainer has to average over accumulated steps and over processes.
     model.accepts_loss_kwargs = False  # type: ignore[assignment]
@@ -120,7 +130,7 @@ def trainer(
         raise ValueError("precision: fp16 needs a GPU, and there is none; take bf16 or fp32")
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(folder), seed=seed, max_steps=setting.total_steps, learning_rate=preset.learning_rate,
-        lr_scheduler_type="linear", warmup_steps=int(WARMUP_SHARE * setting.total_steps), weight_decay=WEIGHT_DECAY,
+        lr_scheduler_type="linear", warmup_steps=_warmup(preset, setting.total_steps), weight_decay=preset.weight_decay,
         bf16=machine.precision == "bf16", fp16=machine.precision == "fp16",
         per_device_train_batch_size=min(machine.device_batch, preset.batch),
         per_device_eval_batch_size=machine.device_batch,
@@ -150,6 +160,10 @@ def trainer(
     if not machine.bars:
         made.remove_callback(PrinterCallback)  # which the Trainer puts where its bar would be
     return made
+
+
+def _warmup(preset: Preset, total_steps: int) -> int:
+    return preset.warmup if 0 < preset.warmup <= total_steps / 2 else int(WARMUP_SHARE * total_steps)
 
 
 def train(run: Trainer, folder: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_SHARED = ("model", "alpha", "length", "overlap", "target_length", "beams", "batch", "epochs")
+_SHARED = ("model", "alpha", "length", "overlap", "target_length", "beams", "batch", "epochs", "warmup")
 FOLDER = Path(__file__).parent
 COST = "cost"  # the one table without cells to be trained
 TABLES = tuple(sorted(path.stem for path in FOLDER.glob("*.json") if path.stem != COST))
@@ -23,6 +23,9 @@ class Preset:
         size: as ``methods.Setting.size``.
         alpha: likewise.
         learning_rate, batch, epochs: of the training; ``batch`` over all devices and accumulated steps.
+        warmup: steps in which the learning rate rises; 0 for a share of all steps.
+        weight_decay: of AdamW.
+        head_dropout: in front of a classifier; the model's own where None.
         orthogonality, initial_warmup, mask_interval, final_warmup: AdaLoRA's γ, t_i, ΔT and t_f.
         length, overlap, target_length, beams: tokens of an input, of two windows' overlap and of a summary; and width
             of the search for a summary. 0 where there is none.
@@ -44,6 +47,9 @@ class Preset:
     mask_interval: int
     final_warmup: int
     length: int
+    warmup: int = 0
+    weight_decay: float = 0.01
+    head_dropout: float | None = None
     overlap: int = 0
     target_length: int = 0
     beams: int = 0

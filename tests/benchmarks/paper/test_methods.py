@@ -16,6 +16,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from benchmarks.paper import presets
 from benchmarks.paper.methods import METHODS, Setting, prepare, trained_parameters
 from benchmarks.paper.methods.architecture import heads
 
@@ -43,14 +44,14 @@ GLUE = [
     ("houlsby", 32, "1.22"), ("houlsby", 16, "0.61"), ("houlsby", 8, "0.31"),
     ("pfeiffer", 64, "1.18"), ("pfeiffer", 32, "0.60"), ("pfeiffer", 16, "0.30"),
 ]  # fmt: skip
-# No one rank for all matrices gives 2.20 %: 16 gives 2.13 and 17 gives 2.26; likewise 1.10, 0.26 is 0.266 at rank 2.
-SUMMARIES = [(16, "2.20", 0.035), (8, "1.10", 0.035), (2, "0.26", 0.025), (1, "0.13", 0.025)]
+# The authors' scripts for XSum and CNN/DailyMail name target ranks 8 and 2; the other two are printed in proportion.
+SUMMARIES = [(16, "2.20"), (8, "1.10"), (2, "0.26"), (1, "0.13")]
 
 
-def agrees(value: float, printed: str, relative: float = 0.02) -> bool:
-    """Within ``relative`` of what is printed, or rounded to it."""
+def agrees(value: float, printed: str) -> bool:
+    """Within 2 % of what is printed, or rounded to it."""
     half_a_digit = 0.5 * 10.0 ** -len(printed.partition(".")[2])
-    return abs(value - float(printed)) <= max(relative * float(printed), half_a_digit)
+    return abs(value - float(printed)) <= max(0.02 * float(printed), half_a_digit)
 
 
 @pytest.mark.parametrize(("method", "size", "millions"), GLUE)
@@ -59,12 +60,19 @@ def test_parameters_are_the_papers_for_deberta_v3_base(method: str, size: int, m
     assert agrees(trained_parameters(prepare(model, method, Setting(size)).model) / 1e6, millions)
 
 
-def test_shares_are_the_papers_for_bart_large() -> None:
-    for rank, percent, relative in SUMMARIES:
+def test_ranks_for_bart_large_are_the_released_scripts() -> None:
+    """The paper's shares can't hold them: but for the least, no rank comes within 2 % (16 gives 2.13 %, 17 2.26 %)."""
+    total = sum(p.numel() for p in described(BartForConditionalGeneration, BartConfig()).parameters())
+    counts = {}
+    for rank in {r + d for r, _ in SUMMARIES for d in (0, 1)}:
         model = described(BartForConditionalGeneration, BartConfig())
-        total = sum(p.numel() for p in model.parameters())
-        trained = trained_parameters(prepare(model, "lora", Setting(rank)).model)
-        assert agrees(100 * trained / total, percent, relative), (rank, percent)
+        counts[rank] = trained_parameters(prepare(model, "lora", Setting(rank)).model)
+        assert counts[rank] == rank * 12 * ((4 + 8) * 2 * 1024 + (2 + 2) * (1024 + 4096))
+    shares = {rank: 100 * count / total for rank, count in counts.items()}
+    for rank, printed in SUMMARIES:
+        assert {p.size for p in presets.cells("summaries") if p.budget == f"{printed}%"} == {rank}
+        assert abs(shares[rank] - float(printed)) < 0.035 * float(printed)
+        assert [r for r, share in shares.items() if agrees(share, printed)] == ([1] if printed == "0.13" else [])
 
 
 @pytest.mark.parametrize(("size", "initial", "total_rank"), [(8, 12, 576), (4, 6, 288), (2, 4, 144), (1, 2, 72)])

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 from benchmarks.paper import presets, records, tables, training
 from benchmarks.paper import run as running
+from benchmarks.paper.methods import prepare
 from benchmarks.paper.run import execute
 from benchmarks.paper.standin import STAND_INS, rows
 from benchmarks.paper.training import Machine
@@ -90,6 +91,22 @@ def test_warm_ups_shrink_with_the_training() -> None:
     assert (full.total_steps, full.initial_warmup, full.final_warmup) == (50 * 78, 600, 1800)
     small = training.setting(preset, 64)
     assert (small.total_steps, small.initial_warmup, small.final_warmup) == (100, 12, 37)
+
+
+def test_the_presets_training_is_the_trainers(tmp_path: Path, bases: dict[str, str], parts: Any) -> None:
+    run = standin("order", "lora", tmp_path, bases, warmup=3, weight_decay=0.5, head_dropout=0.25)
+    model = training.pretrained(run.task, run.model, run.preset.head_dropout)
+    assert model.dropout.p == 0.25
+    setting = training.setting(run.preset, 64)
+    prepared = prepare(model, run.method, setting)
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    encoded = training.features(run.task, some("order", parts)["train"], tokenizer, run.preset, 1, True)
+    for steps, warmup in ((8, 3), (5, 0)):
+        setting = replace(setting, total_steps=steps)
+        made = training.trainer(
+            run.task, prepared, tokenizer, encoded, run.preset, setting, 0, Machine(device_batch=8), tmp_path, False
+        )
+        assert (made.args.warmup_steps, made.args.weight_decay) == (warmup, 0.5)
 
 
 @pytest.mark.parametrize(
