@@ -13,7 +13,7 @@ from adalora_kernels.allocator.compact import Rows, check_carriable, refuse_wrap
 from adalora_kernels.allocator.engine import BudgetEngine, Turn
 from adalora_kernels.allocator.fused import FusedImportance
 from adalora_kernels.allocator.placement import state_of
-from adalora_kernels.allocator.state import check_keys
+from adalora_kernels.allocator.saved import check_saved_allocator
 from adalora_kernels.allocator.watch import called, watch
 from adalora_kernels.allocator.zero import ZeroAttachment, zero_optimizer
 from adalora_kernels.backends.select import Backend, select
@@ -334,7 +334,7 @@ class RankAllocator(BudgetEngine):
         return self.importance.pattern()
 
     def _rows_like(self, state: dict[str, Any]) -> Rows:
-        check_keys(state, ("kept",))
+        check_saved_allocator(state)
         ranks = [r for r, _, _ in self.importance.layout.shapes]
         rows: Rows = state["kept"] or [[True] * r for r in ranks]
         if self.kept is not None or [len(row) for row in rows] != ranks:
@@ -369,13 +369,10 @@ class RankAllocator(BudgetEngine):
             ValueError: it is incomplete or corrupt, of another variant, metric or reduction, or of layers with other
                 shapes; nothing changes.
         """
-        check_keys(state, ("variant", "metric", "reduction", "global_step", "next_step", "kept"))
+        check_saved_allocator(state)
         for name in ("variant", "metric", "reduction"):
             if state[name] != getattr(self, name):
                 raise ValueError(f"state: expected {name} {getattr(self, name)!r}, got {state[name]!r}")
-        for name in ("global_step", "next_step"):
-            if type(state[name]) is not int:
-                raise ValueError(f"state[{name!r}]: expected an integer, got {state[name]!r}")
         if state["kept"] != self.kept:
             raise ValueError(
                 "state: expected that of layers compacted alike; where it was saved after compact(), call "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adalora_kernels.allocator.compact import Rows
+from adalora_kernels.allocator.saved import check_saved_state
 from adalora_kernels.allocator.triplets import Triplet, layout_of, places_of
 from adalora_kernels.backends.select import Backend
 from adalora_kernels.ops.allocation import mask_to_budget, zero_pruned
@@ -163,21 +164,10 @@ class ImportanceState:
         Raises:
             ValueError: the state is incomplete or corrupt, or of layers with other shapes; nothing changes.
         """
-        check_keys(state, ("shapes", "average", "uncertainty", "scores", "live", "updates", "settled"))
+        check_saved_state(state)
         if state["shapes"] != [list(shape) for shape in self.layout.shapes]:
             raise ValueError("state: expected the layers that this allocator was made for, got other shapes")
-        elements, rank = self.layout.total_elements, self.layout.total_rank
-        for name, size in (("average", elements), ("uncertainty", elements), ("scores", rank), ("live", rank)):
-            value = state[name]
-            if not isinstance(value, Tensor) or value.shape != (size,):
-                raise ValueError(f"state[{name!r}]: expected a tensor of {size} elements, got {value!r:.80}")
-            if value.is_floating_point() == (name == "live") or not bool(torch.isfinite(value).all()):
-                raise ValueError(f"state[{name!r}]: expected {'booleans' if name == 'live' else 'finite numbers'}")
-        if type(state["updates"]) is not int or type(state["settled"]) is not bool:
-            raise ValueError("state['updates'], state['settled']: expected an integer and a boolean")
-        threshold = state.get("threshold")  # no state of an earlier version has it
-        if threshold is not None and not (isinstance(threshold, Tensor) and threshold.numel() == 1):
-            raise ValueError(f"state['threshold']: expected a tensor of one element or None, got {threshold!r:.80}")
+        threshold = state.get("threshold")
         self.set_current(state["average"], state["uncertainty"])
         self.scores.copy_(state["scores"])
         self.live.copy_(state["live"])
@@ -217,15 +207,4 @@ class ScatteredState(ImportanceState):
         raise NotImplementedError
 
 
-def check_keys(state: Any, names: tuple[str, ...]) -> None:
-    """Hold a checkpoint to the entries that it must have.
-
-    Raises:
-        ValueError: it is no dictionary, or lacks one of them.
-    """
-    missing = [name for name in names if not isinstance(state, dict) or name not in state]
-    if missing:
-        raise ValueError(f"state: expected what state_dict() returned, found no {', '.join(missing)}")
-
-
-__all__ = ["ImportanceState", "ScatteredState", "check_keys"]
+__all__ = ["ImportanceState", "ScatteredState"]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from adalora_kernels.allocator import RankAllocator, Triplet
 from adalora_kernels.allocator.compact import exchange_data, refuse_wrapped, set_rank
 from adalora_kernels.allocator.placement import state_of
+from adalora_kernels.allocator.saved import TENSORS, check_saved_allocator, check_saved_rows
 
 STATE_FILE = "adalora_state.safetensors"
 _FORMAT = "adalora_kernels training state 1"
@@ -147,13 +148,18 @@ def read_training_state(file: Path) -> TrainingState:
         raise ValueError(f"{file}: expected {_FORMAT!r}, got {metadata.get('format')!r}; {_CURE}")
     try:
         content = json.loads(metadata["content"])
-        layers, state = list(content["layers"]), dict(content["allocator"])
+        layers, state = list(map(str, content["layers"])), dict(content["allocator"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: expected the allocator's state in its metadata, got {error!r}; {_CURE}") from error
     names = [[f"{layer}.{kind}" for kind in _KINDS] for layer in layers]
-    missing = [name for row in names for name in row if name not in tensors]
-    if missing and len(missing) < 3 * len(names):
+    flat = [name for row in names for name in row]
+    missing = [name for name in flat if name not in tensors]
+    if missing and len(missing) < len(flat):
         raise ValueError(f"{file}: expected A, E and B of each layer, found no {missing[0]}; {_CURE}")
+    if strange := sorted(set(tensors).difference(flat, TENSORS)):
+        raise ValueError(f"{file}: expected A, E and B of {len(layers)} layers, found {strange[0]} besides; {_CURE}")
+    if foreign := [name for name in flat if name in tensors and not tensors[name].is_floating_point()]:
+        raise ValueError(f"{file}: expected numbers, found {foreign[0]} of {tensors[foreign[0]].dtype}; {_CURE}")
     factors = None if missing else [(tensors.pop(a), tensors.pop(e), tensors.pop(b)) for a, e, b in names]
     return TrainingState(str(file), layers, factors, {**state, **tensors})
 
@@ -204,7 +210,7 @@ def check_layers(allocator: RankAllocator, state: TrainingState) -> None:
     """Hold a file to the layers of the model: their names, K and N, and factors of the shapes that it says.
 
     Raises:
-        ValueError: it is of another adapter.
+        ValueError: it is of another adapter, or of none.
     """
     names = [t.name for t in allocator.triplets]
     if state.layers != names:
@@ -213,9 +219,15 @@ def check_layers(allocator: RankAllocator, state: TrainingState) -> None:
             f"{state.source}: expected the {len(names)} adapted layers of this model, found {len(state.layers)} that "
             f"differ in {other[0]!r}; {_CURE}"
         )
-    shapes = state.allocator.get("shapes")
-    if not isinstance(shapes, list) or len(shapes) != len(names) or any(len(shape) != 3 for shape in shapes):
-        raise ValueError(f"{state.source}: expected (R, K, N) of each layer, found {shapes!r:.80}; {_CURE}")
+    shapes: Any = state.allocator.get("shapes")
+    try:
+        check_saved_allocator(state.allocator)
+        if len(shapes) != len(names):
+            raise ValueError(f"state['shapes']: expected those of {len(names)} layers, got {len(shapes)}")
+        if {"ranked", "loaded_rows"} & state.allocator.keys():
+            check_saved_rows(state.allocator, {name: r for name, (r, _, _) in zip(names, shapes, strict=True)})
+    except ValueError as error:
+        raise ValueError(f"{state.source}: {error}; {_CURE}") from error
     for i, (t, (r, k, n)) in enumerate(zip(allocator.triplets, shapes, strict=True)):
         wanted = ((r, *t.shape[1:2]), (r, 1), (t.shape[2], r))
         found = wanted if state.factors is None else tuple(tuple(value.shape) for value in state.factors[i])

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from adalora_kernels.allocator import RankAllocator, Turn
 from adalora_kernels.allocator.compact import Rows, spread
-from adalora_kernels.allocator.state import check_keys
+from adalora_kernels.allocator.saved import check_saved_rows
 from adalora_kernels.allocator.watch import unwatch
 from adalora_kernels.integrations.rank_pattern import Pattern, adopt_averages, by_layer, gather, path_key
 
@@ -115,13 +115,10 @@ class TunerAllocator(RankAllocator):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As ``RankAllocator``'s; the pattern goes to the config."""
-        check_keys(state, ("ranked", "loaded_rows"))
-        loaded = state["loaded_rows"]
-        for triplet, (rank, _, _) in zip(self.triplets, self.importance.layout.shapes, strict=True):
-            if triplet.name in loaded and sum(loaded[triplet.name]) != rank:
-                raise ValueError(f"state['loaded_rows'][{triplet.name!r}]: expected {rank} rows to be there")
+        layers = zip(self.triplets, self.importance.layout.shapes, strict=True)
+        check_saved_rows(state, {t.name: rank for t, (rank, _, _) in layers})
         super().load_state_dict(state)
-        self.tuner.fused_state.kept[self.name] = dict(loaded)
+        self.tuner.fused_state.kept[self.name] = dict(state["loaded_rows"])
         self.config.rank_pattern = None
         if state["ranked"]:
             self._write_pattern()

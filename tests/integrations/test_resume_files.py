@@ -269,7 +269,7 @@ DAMAGES = {
     "missing averages": (_missing_averages, "found no average"),
     "not finite": (_not_finite, r"state\['average'\]: expected finite numbers"),
     "other variant": (_other_variant, "expected variant 'peft', got 'paper'"),
-    "other layers": (_other_layers, "expected the 3 adapted layers of this model, found 2 that differ in 'third'"),
+    "other layers": (_other_layers, "expected A, E and B of 2 layers, found third.lora_A besides"),
     "other shapes": (_other_shapes, "expected A, E and B of first as"),
     "other step": (_other_step, "of one and the same step, but they differ in first.lora_A.default"),
     "other initial rank": (_other_initial_rank, "expected layers of the same initial ranks"),
