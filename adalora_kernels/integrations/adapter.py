@@ -11,8 +11,10 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from inspect import formatannotation
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +24,20 @@ from torch import Tensor
 CONFIG_FILE, TENSOR_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Settings of a config that mean the same in a LoRA config, with what they may be where they are not null.
+SHARED_SETTINGS: dict[str, Any] = {
+    "task_type": str,
+    "base_model_name_or_path": str,
+    "revision": str,
+    "auto_mapping": dict,
+    "lora_dropout": float,
+    "fan_in_fan_out": bool,
+    "bias": Literal["none", "all", "lora_only"],
+    "modules_to_save": list[str],
+    "trainable_token_indices": list[int] | dict[str, list[int]],
+    "layer_replication": list[list[int]],
+    "ensure_weight_tying": bool,
+}
 _FACTOR = re.compile(r"(.+)\.lora_([AEB])")
 
 
@@ -109,7 +125,7 @@ def read_checkpoint(folder: str | Path) -> Adapter:
             parts.setdefault(match[1], {})[match[2]] = tensor
         else:
             others[name] = tensor
-    layers = {path: _checked(path, found, c, folder) for path, found in parts.items()}
+    layers = {path: _checked(path, found, c, folder, init_r) for path, found in parts.items()}
     if not layers:
         raise ValueError(f"{folder}: expected tensors lora_A, lora_E and lora_B, found none; save the model again")
     return Adapter(config, layers, plain_names(others.items(), layers))
@@ -148,14 +164,33 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if kind != "ADALORA":
         raise ValueError(f"{path}: expected an adapter of peft_type ADALORA, got {kind}; give an AdaLoRA checkpoint")
     for name in ("init_r", "target_r"):
-        if not isinstance(config.get(name), int) or config[name] < 1:
+        if not _is_a(int, config.get(name)) or config[name] < 1:
             raise ValueError(
                 f"{path}: expected {name} to be a rank of at least 1, got {config.get(name)}; save the adapter again"
             )
     alpha = config.get("lora_alpha")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if not _is_a(float, alpha) or not math.isfinite(alpha):
         raise ValueError(f"{path}: expected lora_alpha to be a finite number, got {alpha!r}; save the adapter again")
+    for name, kind in SHARED_SETTINGS.items():
+        if config.get(name) is not None and not _is_a(kind, config[name]):
+            raise ValueError(
+                f"{path}: expected {name} to be null or {formatannotation(kind)}, got {config[name]!r:.80}; save the "
+                "adapter again"
+            )
     return config
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    """Whether what JSON gave is of this kind; a whole number is a ``float`` too, and True is no number."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in kinds
+    if origin is UnionType:
+        return any(_is_a(each, value) for each in kinds)
+    if origin in (list, dict):
+        items = value.values() if isinstance(value, dict) else value
+        return isinstance(value, origin) and all(_is_a(kinds[-1], item) for item in items)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -175,7 +210,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: expected tensors, got a damaged file ({cause}); copy or save it again") from None
 
 
-def _checked(path: str, found: dict[str, Tensor], c: float, folder: Path) -> Factors:
+def _checked(path: str, found: dict[str, Tensor], c: float, folder: Path, initial_rank: int) -> Factors:
     missing = [f"lora_{kind}" for kind in "AEB" if kind not in found]
     if missing:
         raise ValueError(f"{folder}: expected lora_A, lora_E and lora_B of {path}, {' and '.join(missing)} is missing")
@@ -183,6 +218,11 @@ def _checked(path: str, found: dict[str, Tensor], c: float, folder: Path) -> Fac
     if A.dim() != 2 or B.dim() != 2 or E.shape != (A.shape[0], 1) or B.shape[1] != A.shape[0]:
         shapes = ", ".join(str(list(t.shape)) for t in (A, E, B))
         raise ValueError(f"{folder}: expected A [R, K], E [R, 1] and B [N, R] of {path}, got {shapes}; save it again")
+    if len(A) > initial_rank:
+        raise ValueError(
+            f"{folder}: expected at most init_r = {initial_rank} rows, {path} has {len(A)}; copy config and tensors of "
+            "one checkpoint"
+        )
     if foreign := {str(t.dtype) for t in (A, E, B)}.difference(map(str, FLOATS)):
         raise ValueError(
             f"{folder}: expected 16, 32 or 64-bit numbers, {path} holds {', '.join(foreign)}; save it again"
@@ -192,4 +232,14 @@ def _checked(path: str, found: dict[str, Tensor], c: float, folder: Path) -> Fac
     return Factors(A, E, B, c)
 
 
-__all__ = ["CONFIG_FILE", "FLOATS", "PREFIX", "TENSOR_FILE", "Adapter", "Factors", "plain_names", "read_checkpoint"]
+__all__ = [
+    "CONFIG_FILE",
+    "FLOATS",
+    "PREFIX",
+    "SHARED_SETTINGS",
+    "TENSOR_FILE",
+    "Adapter",
+    "Factors",
+    "plain_names",
+    "read_checkpoint",
+]

@@ -24,14 +24,16 @@ try:
 except ImportError as error:
     raise ImportError("export needs Hugging Face PEFT: pip install 'adalora-kernels[peft]'") from error
 
-from adalora_kernels.integrations.adapter import CONFIG_FILE, FLOATS, PREFIX, TENSOR_FILE, Adapter, Factors
+from adalora_kernels.integrations.adapter import (
+    CONFIG_FILE,
+    FLOATS,
+    PREFIX,
+    SHARED_SETTINGS,
+    TENSOR_FILE,
+    Adapter,
+    Factors,
+)
 from adalora_kernels.integrations.trained import adapter_of, plain_copy, unwrapped
-
-# What an AdaLoRA config says that means the same in a LoRA config. Layers are named one by one, ranks too.
-_SHARED_SETTINGS = (
-    "task_type", "base_model_name_or_path", "revision", "auto_mapping", "lora_dropout", "fan_in_fan_out", "bias",
-    "modules_to_save", "trainable_token_indices", "layer_replication", "ensure_weight_tying",
-)  # fmt: skip
 
 
 def export_lora(
@@ -187,7 +189,8 @@ def _lora_name(name: str, ranks: Iterable[str]) -> str:
 
 def _lora_config(adapter: Adapter, ranks: dict[str, int], largest: int, known: Iterable[str]) -> LoraConfig:
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    shared = {k: v for k in _SHARED_SETTINGS if k in fields and (v := adapter.config.get(k)) is not None}
+    # Layers are named one by one, ranks too.
+    shared = {k: v for k in SHARED_SETTINGS if k in fields and (v := adapter.config.get(k)) is not None}
     # PEFT matches patterns as regular expressions, after any prefix that ends in a dot.
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
     return LoraConfig(

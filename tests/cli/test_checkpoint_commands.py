@@ -148,6 +148,14 @@ def test_folders_that_are_no_checkpoint_end_in_one_line(
         ({**settings, "peft_type": "LORA"}, "peft_type ADALORA, got LORA"),
         ({**settings, "init_r": None}, "expected init_r to be a rank of at least 1, got None"),
         ({**settings, "lora_alpha": None}, "expected lora_alpha to be a finite number, got None"),
+        ({**settings, "init_r": True}, "expected init_r to be a rank of at least 1, got True"),
+        ({**settings, "modules_to_save": 3}, "expected modules_to_save to be null or list[str], got 3"),
+        ({**settings, "modules_to_save": ["a", 3]}, "expected modules_to_save to be null or list[str], got ['a', 3]"),
+        ({**settings, "task_type": ["SEQ_CLS"]}, "expected task_type to be null or str, got ['SEQ_CLS']"),
+        ({**settings, "auto_mapping": 3}, "expected auto_mapping to be null or dict, got 3"),
+        ({**settings, "lora_dropout": "0.1"}, "expected lora_dropout to be null or float, got '0.1'"),
+        ({**settings, "bias": "some"}, "expected bias to be null or Literal['none', 'all', 'lora_only'], got 'some'"),
+        ({**settings, "trainable_token_indices": {"a": [1, "b"]}}, "null or list[int] | dict[str, list[int]], got {'a"),
         ([settings], "peft_type ADALORA, got None"),
     ):
         config.write_text(json.dumps(value))
@@ -170,6 +178,13 @@ def test_tensors_that_do_not_belong_together(damaged: Path, tmp_path: Path) -> N
         save_file({**{key: v for key, v in tensors.items() if key != name}, **change}, path)
         with pytest.raises(SystemExit, match=expected):
             main(["ranks", str(damaged), "--output", str(tmp_path)])
+    save_file(tensors, path)
+    config = damaged / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "init_r": 1, "target_r": 1}))
+    with pytest.raises(SystemExit, match=r"expected at most init_r = 1 rows, .* copy config and tensors of one"):
+        main(["ranks", str(damaged), "--output", str(tmp_path)])
+    config.write_text(json.dumps(settings))
     save_file({key: v for key, v in tensors.items() if "lora" not in key}, path)
     with pytest.raises(SystemExit, match="found none"):
         main(["ranks", str(damaged), "--output", str(tmp_path)])
