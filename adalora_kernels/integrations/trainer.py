@@ -29,7 +29,8 @@ class AdaLoraCallback(TrainerCallback):
     without its weight) where the model isn't unpatched PEFT.
 
     Each checkpoint gets ``adalora_state.safetensors``, with which ``train(resume_from_checkpoint=...)`` continues as if
-    it had never stopped.
+    it had never stopped; also a checkpoint that is pushed to the hub, unless FSDP or ZeRO shards the parameters: there
+    the file is written when the upload has begun.
 
     Args:
         allocator: for models that are not PEFT's; None finds PEFT's AdaLoRA model in the Trainer's model.
@@ -118,6 +119,13 @@ class AdaLoraCallback(TrainerCallback):
         """The optimizer's steps are its own again."""
         if self._driver is not None:
             self._driver.end()
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the allocator's state into the checkpoint before it is uploaded, which ``on_save`` comes too late for."""
+        if self._driver is not None:
+            self._driver.before_push(args, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the allocator's state into the checkpoint that was just written."""

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adalora_kernels.allocator import Attachment, RankAllocator, compute_orth_regu
 from adalora_kernels.allocator.attach import innermost
+from adalora_kernels.allocator.distributed import ShardedState
 from adalora_kernels.allocator.zero import zero_optimizer
 from adalora_kernels.integrations.checkpoint import (
     STATE_FILE,
@@ -76,6 +77,9 @@ class Driver:
         if not skipped or global_step >= self.config.total_step - self.config.tfinal:
             self.tuner.update_and_allocate(global_step)
 
+    def before_push(self, args: TrainingArguments, state: TrainerState) -> None:
+        """The Trainer is about to upload a checkpoint that it has written, before it says so by ``on_save``."""
+
     def save(self, args: TrainingArguments, state: TrainerState) -> None:
         """The Trainer has written a checkpoint. PEFT's own allocator has nothing to add."""
 
@@ -96,10 +100,12 @@ class Driver:
 class AllocatorDriver(Driver):
     """A ``RankAllocator`` of layers that are not PEFT's."""
 
+    _engine_steps = False
+    _attachment: Attachment | None = None
+    _written: Path | None = None  # the checkpoint that has its training state already
+
     def __init__(self, allocator: RankAllocator) -> None:
         self._allocator = allocator
-        self._engine_steps = False
-        self._attachment: Attachment | None = None
 
     @property
     def allocator(self) -> RankAllocator:
@@ -143,7 +149,7 @@ class AllocatorDriver(Driver):
 
     def resume(self, args: TrainingArguments, state: TrainerState) -> None:
         """Find the file beside the weights that were loaded: the Trainer doesn't say where it took them from."""
-        usual = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        usual = _checkpoint_folder(args, state)
         for place in filter(None, (args.resume_from_checkpoint, usual)):
             file = state_file(self.allocator, place)
             found = None if file is None else read_training_state(file)
@@ -171,12 +177,20 @@ class AllocatorDriver(Driver):
         if not (skipped or self._steps_elsewhere):
             self.allocator.advance(model, global_step)
 
+    def before_push(self, args: TrainingArguments, state: TrainerState) -> None:
+        """As ``Driver``'s. Only the main process hears of it, and a sharded state is gathered by all of them."""
+        if not isinstance(self.allocator.importance, ShardedState) and _checkpoint_folder(args, state).is_dir():
+            self.save(args, state)
+
     def save(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Write the training state beside the weights."""
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        """Write the training state beside the weights, once: an upload may be reading it."""
+        folder = _checkpoint_folder(args, state)
+        if folder == self._written:
+            return
         if args.should_save and not folder.is_dir():  # a search for hyper-parameters has folders of its own
             warnings.warn(f"AdaLoRA: no {folder}: the allocator's state is not saved there.", stacklevel=2)
         save_training_state(self.allocator, folder, main_process=args.should_save and folder.is_dir())
+        self._written = folder
 
     def figures(self, global_step: int) -> dict[str, float]:
         """As ``Driver``'s."""
@@ -208,8 +222,6 @@ class PatchedDriver(AllocatorDriver):
 
     def __init__(self, tuner: Any) -> None:
         self.tuner = tuner
-        self._engine_steps = False
-        self._attachment: Attachment | None = None
 
     @property
     def allocator(self) -> RankAllocator:
@@ -258,6 +270,10 @@ def driver_for(model: nn.Module, allocator: RankAllocator | None) -> Driver:
             "for other models give the callback an allocator"
         )
     return PatchedDriver(tuners[0]) if hasattr(type(tuners[0]), "rank_allocator") else Driver(tuners[0])
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _check_schedule(total_step: int, initial: int, final: int) -> None:
