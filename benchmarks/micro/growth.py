@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.nn import functional as F
 
-from adalora_kernels import svd_linear
+from adalora_kernels import SVDLinear
+from adalora_kernels.allocator.compact import shrink
+from adalora_kernels.allocator.triplets import find_triplets
 from benchmarks.micro import layer
 from benchmarks.timing import Contestant, Sample, interleave, ratio
 
@@ -45,28 +48,25 @@ def measure_pruned(live: int, threads: int, rounds: int) -> dict[str, Any]:
         A record, as ``layer.measure`` makes them.
     """
     torch.set_num_threads(threads)
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator)
-
-    w, bias = normal(WIDTH, WIDTH) / WIDTH**0.5, normal(WIDTH)
-    whole = [normal(RANK, WIDTH) / WIDTH**0.5, normal(RANK, 1), normal(WIDTH, RANK)]
-    whole[1][live:] = 0
-    compact = [whole[0][:live].clone(), whole[1][:live].clone(), whole[2][:, :live].clone()]
-    x, g = normal(TOKENS, WIDTH).requires_grad_(), normal(TOKENS, WIDTH)
-    leaves = [t.requires_grad_() for t in (x, *whole, *compact)]
-    c = layer.ALPHA / RANK
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pruned = SVDLinear(WIDTH, WIDTH, RANK, lora_alpha=int(layer.ALPHA))
+        nn.init.normal_(pruned.lora_E[:live].data)
+        x, g = torch.randn(TOKENS, WIDTH).requires_grad_(), torch.randn(TOKENS, WIDTH)
+    pruned.bias.requires_grad_(False)
+    compacted = copy.deepcopy(pruned)
+    whole = nn.Sequential(compacted)
+    shrink(whole, find_triplets(whole), [[i < live for i in range(RANK)]], None)
+    leaves = [x, *pruned.parameters(), *compacted.parameters()]
     calls: dict[str, layer.Call] = {
-        "frozen": lambda x: F.linear(x, w, bias),
-        "ours, pruned": lambda x: svd_linear(x, w, *whole, bias=bias, scaling=c),
-        "ours, compacted": lambda x: svd_linear(x, w, *compact, bias=bias, scaling=c),
-        layer.AGAIN: lambda x: svd_linear(x, w, *compact, bias=bias, scaling=c),
+        "frozen": lambda x: F.linear(x, pruned.weight, pruned.bias),
+        "ours, pruned": pruned,
+        "ours, compacted": compacted,
+        layer.AGAIN: compacted,
     }
     with torch.no_grad():
-        pruned, compacted = calls["ours, pruned"](x), calls["ours, compacted"](x)
-    if not torch.allclose(pruned, compacted, rtol=1e-4, atol=1e-4):
-        raise AssertionError("the compacted layer's output differs from the pruned one's")
+        if not torch.allclose(pruned(x), compacted(x), rtol=1e-4, atol=1e-4):
+            raise AssertionError("the compacted layer's output differs from the pruned one's")
 
     def contestant(call: layer.Call) -> Contestant:
         def prepare() -> Callable[[], object]:
