@@ -1,6 +1,7 @@
 """Typed launchers over the compiled extension: C++ on the CPU, and ``importance_update`` in CUDA C++ too.
 
-The CUDA code compiles without spills for sm_80, sm_90a and sm_100a, but has not run on a GPU yet.
+No GPU has run the CUDA code yet. It compiles without spills for sm_80, sm_90a and sm_100a, and tests run its kernels on
+the CPU, thread by thread.
 
 Tensors reach the extension in lists, which it checks and reads at 0.3 µs a tensor: collecting their addresses in Python
 takes longer. Importing this module never fails; ``unavailable_reason`` says why the extension can't be used.

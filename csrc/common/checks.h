@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "common/dtype.h"
+#include "common/operand.h"
 
 namespace adalora {
 
@@ -39,17 +39,6 @@ inline DType float_dtype(const Tensor& tensor, const char* name) {
     default: STD_TORCH_CHECK(false, name, ": expected a floating-point tensor");
   }
 }
-
-// The memory of a matrix, row by row.
-struct Operand {
-  void* data;  // null: there is none
-  DType dtype;
-
-  // The same from an element on.
-  Operand from(int64_t element) const {
-    return {data == nullptr ? nullptr : static_cast<char*>(data) + element * size_of(dtype), dtype};
-  }
-};
 
 // The memory of `matrix`, which must be [rows, columns] on the same device as `place`. One that isn't contiguous is
 // replaced by a copy that is.

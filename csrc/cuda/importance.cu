@@ -4,7 +4,7 @@
 // addresses are kernel arguments, since gradients move from step to step. A second, small launch adds up the partial
 // sums and, if every s was finite, commits the scores and flips the half on the device.
 // Sums have a fixed order and there are no atomics: bitwise repeatable. No host sync.
-// This has been compiled, but has not run on a GPU yet.
+// No GPU has run this yet. It is compiled for three, and tests/csrc runs it on a CPU (emulated/cuda_runtime.h).
 #include "common/half.h"
 #include "cuda/importance.h"
 
@@ -169,14 +169,16 @@ template <typename T>
 cudaError_t importance_update(const std::vector<Layers>& launches, const Update<T>& update, cudaStream_t stream) {
   int32_t first = 0;
   for (const Layers& layers : launches) {
-    if (layers.blocks > 0) importance_sweep<T><<<layers.blocks, kThreads, 0, stream>>>(layers, update, first);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    if (layers.blocks == 0) continue;
+    const cudaError_t error = launch(importance_sweep<T>, layers.blocks, stream, layers, update, first);
+    if (error != cudaSuccess) return error;
     first += layers.blocks;
   }
   for (const Layers& layers : launches) {
     const int32_t blocks = layers.count > 0 ? layers.count : 1;
-    importance_commit<T><<<blocks, kThreads, 0, stream>>>(layers, update, &layers == &launches.back());
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    const bool last = &layers == &launches.back();
+    const cudaError_t error = launch(importance_commit<T>, blocks, stream, layers, update, last);
+    if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }

@@ -1,13 +1,12 @@
 // The importance sweep on a GPU, as seen by its host code: no PyTorch here, so that nvcc compiles the kernels quickly.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 #include <vector>
 
 #include "common/dtype.h"
 #include "common/importance.h"
+#include "cuda/launch.h"
 
 namespace adalora::cuda {
 
@@ -46,7 +45,6 @@ struct Update {
 
 static_assert(sizeof(Layers) + sizeof(Update<double>) + 64 < 32764);
 
-constexpr int kThreads = 256;
 constexpr int kUnits = kThreads / 32;       // warps of a block, each with a piece of a row of A
 constexpr int32_t kPieceElements = 2048;    // of A
 constexpr int32_t kSlabElements = 16384;    // of B

@@ -1,0 +1,110 @@
+"""csrc/cuda compiled by the host's C++ compiler, its kernels run on the CPU; see ``emulated/cuda_runtime.h``."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.cpp_extension import include_paths
+
+from adalora_kernels.reference.importance import TripletLayout
+
+CSRC = Path(__file__).parents[2] / "csrc"
+EMULATED = Path(__file__).parent / "emulated"
+SOURCES = [CSRC / "cuda" / "importance.cu", CSRC / "cuda" / "plan.cpp", *sorted(EMULATED.glob("*.cpp"))]
+# No contraction, as in setup.py.
+FLAGS = ["-O1", "-std=c++20", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def execute(*arguments: str) -> None:
+    """Run the C++ compiler."""
+    done = subprocess.run([shutil.which("c++") or "c++", *FLAGS, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def compile_into(folder: Path, source: Path) -> Path:
+    """The object file of a source, CUDA or not."""
+    target = folder / f"{source.name}.o"
+    includes = [f"-I{EMULATED}", f"-I{CSRC}", *(flag for path in include_paths() for flag in ("-isystem", path))]
+    execute(*includes, "-x", "c++", "-c", str(source), "-o", str(target))
+    return target
+
+
+class Emulation:
+    """The kernels in a shared library, with the signatures of ``backends.native``.
+
+    Attributes:
+        launches: lists of layers that the last call took.
+    """
+
+    def __init__(self, folder: Path, objects: Sequence[Path] = ()) -> None:
+        """Link ``objects`` into a library in ``folder``; without any, compile all sources there first."""
+        self._objects = list(objects) or [compile_into(folder, source) for source in SOURCES]
+        target = folder / "emulated.so"
+        execute("-shared", *map(str, self._objects), "-o", str(target))
+        self._library = ctypes.CDLL(str(target))
+        self._library.importance_update.restype = ctypes.c_char_p
+        self.launches = 0
+
+    def with_fault(self, folder: Path, old: str, new: str) -> Emulation:
+        """Another one, with a piece of one source replaced: what a test must notice."""
+        for place, source in enumerate(SOURCES):
+            text = source.read_text(encoding="utf-8")
+            if text.count(old) == 1:
+                faulty = folder / source.name
+                faulty.write_text(text.replace(old, new), encoding="utf-8")
+                objects = list(self._objects)
+                objects[place] = compile_into(folder, faulty)
+                return Emulation(folder, objects)
+        raise AssertionError(f"in no source once: {old}")
+
+    def draw_orders(self, seed: int) -> None:
+        """From now on blocks and threads run in drawn orders; 0: in the order of their numbers."""
+        self._library.draw_orders(ctypes.c_uint64(seed))
+
+    def importance_update(
+        self,
+        layout: TripletLayout,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        state: Tensor,
+        half: Tensor,
+        scores: Tensor,
+        beta1: float,
+        beta2: float,
+    ) -> Tensor:
+        """As ``reference.importance.importance_update``, of contiguous tensors."""
+        taken, launches = torch.zeros(1, dtype=torch.bool), ctypes.c_int64()
+        problem = self._library.importance_update(
+            ctypes.c_bool(state.dtype == torch.float64),
+            _numbers([size for sizes in zip(*layout.shapes, strict=True) for size in sizes]),
+            ctypes.c_int64(len(layout.shapes)),
+            *_operands(params),
+            *_operands(grads),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (state, half, scores)),
+            ctypes.c_double(beta1),
+            ctypes.c_double(beta2),
+            ctypes.c_void_p(taken.data_ptr()),
+            ctypes.byref(launches),
+        )
+        assert problem is None, problem.decode()
+        self.launches = launches.value
+        return taken
+
+
+def _numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _operands(tensors: Sequence[Tensor | None]) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_int64]]:
+    """Addresses, null where there is none, and dtypes."""
+    assert all(t is None or t.is_contiguous() for t in tensors)
+    addresses = [None if t is None or t.numel() == 0 else t.data_ptr() for t in tensors]
+    dtypes = [0 if t is None else _DTYPES[t.dtype] for t in tensors]
+    return (ctypes.c_void_p * len(tensors))(*addresses), _numbers(dtypes)
