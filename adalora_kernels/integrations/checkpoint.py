@@ -85,7 +85,8 @@ def load_training_state(target: nn.Module | RankAllocator, directory: str | Path
     """Continue from ``save_training_state``: A, E and B, averages, pattern and step count.
 
     Call it before the optimizer loads its moments, and before the model is wrapped. A patched PEFT model's
-    ``load_adapter`` of an adapter that it has does it already. Parameters stay the same objects.
+    ``load_adapter`` of an adapter that it has does it already. Parameters stay the same objects. Where FSDP or ZeRO
+    sharded the parameters as it was saved, A, E and B are in the engine's own checkpoint alone, and left as they are.
 
     Args:
         target: as for ``save_training_state``.

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from adalora_kernels.allocator import find_triplets
 from adalora_kernels.integrations.adapter import CONFIG_FILE
@@ -25,6 +26,7 @@ from adalora_kernels.integrations.checkpoint import (
     STATE_FILE,
     TrainingState,
     check_layers,
+    held_by_an_engine,
     read_training_state,
     restore,
     same,
@@ -90,7 +92,8 @@ class _Arrival:
         self.allocator = tuner.rank_allocator()
         file = folder / STATE_FILE
         self.state = read_training_state(file) if file.is_file() else None
-        self.pattern = self._config_pattern() if self.state is None else {}
+        self.whole = self.state is not None and self.state.factors is not None
+        self.pattern = {} if self.whole else self._config_pattern()
 
     def _config_pattern(self) -> dict[str, list[bool]]:
         file = self.folder / CONFIG_FILE
@@ -107,6 +110,11 @@ class _Arrival:
             ValueError: it is of another adapter, or the state is of another checkpoint; nothing changes.
         """
         triplets = self.allocator.triplets
+        if held_by_an_engine(self.allocator):
+            raise ValueError(
+                f"model: expected plain parameters, but {triplets[0].parameter_names[0]} is sharded or an engine's "
+                "copy; call load_adapter before the model is wrapped, or load the engine's own checkpoint"
+            )
         names = [f"{prefix}model.{name}" for t in triplets for name in t.parameter_names]
         if missing := [name for name in names if name not in state_dict]:
             raise ValueError(
@@ -114,12 +122,7 @@ class _Arrival:
                 "checkpoint of this adapter"
             )
         saved = [tuple(state_dict[name] for name in names[i : i + 3]) for i in range(0, len(names), 3)]
-        state = self.state
-        if state is None:
-            state = self._from_live_rows(saved)
-        else:
-            check_layers(self.allocator, state)
-            self._check_same_checkpoint(state, saved)
+        state = self._state_with(saved)
         self._check_the_rest(module, state_dict, prefix, set(names))
         restore(self.allocator, state)
         self.restored = True
@@ -130,21 +133,41 @@ class _Arrival:
                 "they had learnt. AdaLoraCallback and save_training_state write it.",
                 stacklevel=2,
             )
+        elif not self.whole:
+            warnings.warn(
+                f"AdaLoRA: {STATE_FILE} in {self.folder} is of sharded parameters, which the engine's own checkpoint "
+                "alone has whole: masked rows start without what they had learnt.",
+                stacklevel=2,
+            )
 
-    def _check_same_checkpoint(self, state: TrainingState, saved: list[tuple[Any, ...]]) -> None:
-        live, ranks = state.allocator.get("live"), [shape[0] for shape in state.allocator["shapes"]]
-        if state.factors is None or not isinstance(live, Tensor) or live.numel() != sum(ranks):
-            return  # the first is no contradiction, the others are named by ``restore``
+    def _state_with(self, saved: list[tuple[Any, ...]]) -> TrainingState:
+        """What the files say together."""
+        state = self.state
+        if state is None:
+            return self._from_live_rows(saved)
+        check_layers(self.allocator, state)
+        live, ranks = state.allocator["live"], [shape[0] for shape in state.allocator["shapes"]]
         if not state.allocator.get("ranked"):
             live = torch.ones_like(live)
-        rows = live.bool().split(ranks)
+        if state.factors is None:
+            rows = self._from_live_rows(saved)
+            state = replace(state, factors=rows.factors)
+            check_layers(self.allocator, state)
+            if not torch.equal(live, rows.allocator["live"]):
+                raise self._not_of_one_step("which rows live")
+            return state
+        rows = live.split(ranks)
         for t, row, (a, e, b), found in zip(self.allocator.triplets, rows, state.factors, saved, strict=True):
             for name, want, got in zip(t.parameter_names, (a[row], e[row], b[:, row]), found, strict=True):
                 if not same(want, got):
-                    raise ValueError(
-                        f"{self.folder}: expected {STATE_FILE} and the adapter's weights of one and the same step, but "
-                        f"they differ in {name}; {_CURE}"
-                    )
+                    raise self._not_of_one_step(name)
+        return state
+
+    def _not_of_one_step(self, where: str) -> ValueError:
+        return ValueError(
+            f"{self.folder}: expected {STATE_FILE} and the adapter's weights of one and the same step, but they differ "
+            f"in {where}; {_CURE}"
+        )
 
     def _check_the_rest(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, adapters: set[str]) -> None:
         """What torch would find out when half of it is loaded."""
