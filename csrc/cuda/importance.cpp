@@ -25,7 +25,7 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
 
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   Tensor sums = torch::stable::new_empty(state, {plan.sums});
   Tensor finite = torch::stable::new_empty(state, {plan.blocks}, ScalarType::Byte);
   Tensor taken = torch::stable::new_empty(state, {1}, ScalarType::Bool);
