@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +13,7 @@ from adalora_kernels.allocator.graphed import CudaGraph, Recorder, record_step
 from adalora_kernels.allocator.schedule import VARIANTS
 from benchmarks.gpu.checks import Check, judged, sync_is_an_error
 from benchmarks.gpu.machine import Machine
-
-
-class _RunsAgain:
-    """The dry run's recorder: a replay is the run itself."""
-
-    def obstacle(self, device: torch.device) -> str | None:
-        return None
-
-    def warm_up(self, run: Callable[[], Tensor], times: int) -> None:
-        for _ in range(times):
-            run()
-
-    def record(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        result = torch.zeros(())
-
-        def replay() -> None:
-            result.copy_(run())
-
-        return replay, result
+from benchmarks.step.rehearsal import Rehearsal
 
 
 def training(
@@ -80,7 +62,7 @@ def plain_losses(machine: Machine, variant: str, swept: bool) -> list[float]:
 
 def whole_steps(machine: Machine) -> Iterator[Check]:
     """graphed_step: the losses of the plain loop to 1e-4, the budget kept, and no replay waits for the device."""
-    recorder: Recorder = _RunsAgain() if machine.dry else CudaGraph()
+    recorder: Recorder = Rehearsal(may_wait=True) if machine.dry else CudaGraph()
     for variant, swept in itertools.product(VARIANTS, (True, False)):
         name = f"graphed_step, {'AdaLoraAdamW' if swept else 'AdamW'}, variant {variant}"
         if machine.dry and not swept:

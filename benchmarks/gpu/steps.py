@@ -1,49 +1,81 @@
-"""Whole training steps on the device: the real models with random weights, AdaLoRA beside PEFT's, LoRA and full."""
+"""Whole training steps on the device: the real models with random weights, AdaLoRA beside PEFT's, LoRA and full;
+eager, as CUDA graphs and by torch.compile."""
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.rows import Row
-from benchmarks.step.measure import measure
-from benchmarks.step.models import REAL, SMALL, Model
-from benchmarks.step.systems import OURS, OURS_SWEPT
+from benchmarks.records import Sweep
+from benchmarks.step import compiled, graphed, measure
+from benchmarks.step.models import DRY, REAL, Model
+from benchmarks.step.names import COMPILED, GRAPHED, RANK, TARGET
 
-RANK, TARGET = 12, 8  # the paper's
-PEFT_MUST, LORA_MUST = 3.0, 1.0  # kernels.md, row 6: DeBERTa-v3-base, 32×128
+Record = dict[str, Any]
 
 
-def steps(machine: Machine, deadline: float) -> Iterator[dict[str, Any]]:
-    """Every model in bf16 (in a dry run a short one in fp32), beside LoRA at the initial and at the final rank."""
+@dataclass(frozen=True)
+class Planned:
+    """One case.
+
+    Attributes:
+        case: as its record has it.
+        measure: makes the record.
+    """
+
+    case: Record
+    measure: Callable[[], Record]
+
+    @property
+    def name(self) -> str:
+        """Model, mode and LoRA's rank."""
+        return f"{self.case['model']}, {self.case.get('mode', 'eager')}, LoRA's rank {self.case['lora']}"
+
+
+def planned(machine: Machine) -> list[Planned]:
+    """Every model in bf16 (in a dry run a short one in fp32), beside LoRA at the initial and at the final rank.
+
+    What ``torch.compile`` makes of them comes last, since it takes longest, and at one rank.
+    """
+    models = (DRY,) if machine.dry else REAL
+    uncompiled = [
+        _planned(machine, model, lora, mode) for model in models for lora in (RANK, TARGET) for mode in ("", GRAPHED)
+    ]
+    return [*uncompiled, *(_planned(machine, model, RANK, COMPILED) for model in models)]
+
+
+def _planned(machine: Machine, model: Model, lora: int, mode: str) -> Planned:
     dtype = torch.float32 if machine.dry else torch.bfloat16
-    for model in _models(machine):
-        for lora in (RANK, TARGET):
-            if time.monotonic() < deadline:
-                yield measure(model, RANK, dtype, machine.device, 1, machine.rounds, target=TARGET, lora=lora)
-                machine.forget()
+    case = measure.case_of(model, RANK, dtype, machine.device, 1, lora, mode)
+    measures: dict[str, Callable[..., Record]] = {
+        "": measure.measure, GRAPHED: graphed.measure, COMPILED: compiled.measure
+    }  # fmt: skip
+    return Planned(case, lambda: measures[mode](model, RANK, dtype, machine.device, 1, machine.rounds, 2, TARGET, lora))
 
 
-def _models(machine: Machine) -> tuple[Model, ...]:
-    return (replace(SMALL[0], rows=2, columns=8),) if machine.dry else REAL
-
-
-def rows(records: list[dict[str, Any]]) -> Iterator[Row]:
-    """What must be reached on DeBERTa-v3-base, 32×128."""
-    for record in records:
-        case = record["case"]
-        if case["model"] != REAL[0].name:
+def run(machine: Machine, held: Sweep, deadline: float) -> Iterator[tuple[Planned, Record | str]]:
+    """What is not held yet, each case with its record or with why it has none; none is begun after the deadline."""
+    for case in planned(machine):
+        if held.holds(case.case):
             continue
-        for name in (OURS, OURS_SWEPT):
-            about = f"{case['model']}, {name}"
-            if case["lora"] == RANK:
-                yield Row(f"{about} / PEFT AdaLoRA, step", 1 / record["peft_over_ours"][name], 1 / PEFT_MUST)
-            yield Row(f"{about} / PEFT LoRA r={case['lora']}, step", record["ours_over_lora"][name], LORA_MUST)
+        if time.monotonic() > deadline:
+            yield case, "left out, for want of time"
+            continue
+        try:
+            record = case.measure()
+        except (AssertionError, RuntimeError) as error:  # the next case has models of its own
+            yield case, graphed.reason(error)
+        else:
+            held.put(case.case, [record])
+            yield case, record
+        gc.collect()  # models and their hooks hold each other
+        machine.forget()
 
 
-__all__ = ["rows", "steps"]
+__all__ = ["Planned", "planned", "run"]

@@ -19,9 +19,19 @@ from torch import Tensor
 from benchmarks.environment import commit
 from benchmarks.paper import presets
 from benchmarks.paper.methods import Setting
-from benchmarks.step.measure import BATCHES, TOLERANCE, check_equal, clocked, milliseconds, saved_bytes
+from benchmarks.step.measure import (
+    BATCHES,
+    TOLERANCE,
+    check_equal,
+    clocked,
+    milliseconds,
+    peak_bytes,
+    saved_bytes,
+    turns,
+)
 from benchmarks.step.models import REAL, SMALL, Model, described
-from benchmarks.step.systems import LORA, OURS, OURS_SWEPT, PEFT, System, systems
+from benchmarks.step.names import LORA, OURS, OURS_SWEPT, PEFT
+from benchmarks.step.systems import Batch, System, systems
 from benchmarks.timing import interleave, ratio
 
 TIMED = (LORA, PEFT, OURS, OURS_SWEPT)
@@ -75,7 +85,7 @@ def _record(task: str, budget: str, model: Model, target: int, device: str, roun
     found = systems(model, rank, torch.float32, device, target=target, lora=target)
     batches = [model.batch(device, seed) for seed in range(BATCHES)]
     check_equal(found, batches, TOLERANCE)
-    contestants = {name: _steps(found[name], batches) for name in TIMED}
+    contestants = {name: turns(found[name].run, batches) for name in TIMED}
     seconds = interleave(contestants, rounds, clock=_cpu_seconds if device == "cpu" else _until_idle)
     about = {"task": task, "budget": budget, "target": target, "model": model.name.split(", 32×")[0]}
     return {
@@ -86,24 +96,8 @@ def _record(task: str, budget: str, model: Model, target: int, device: str, roun
         "rounds": rounds,
         "clock": CLOCK[device],
         "memory": COUNTED[device],
-        "megabytes": {name: _bytes(found[name], batches[0], device) / MEGABYTE for name in TIMED},
+        "megabytes": {name: _bytes(name, found[name], batches[0], device) / MEGABYTE for name in TIMED},
     }  # fmt: skip
-
-
-def _steps(system: System, batches: list[dict[str, Tensor]]) -> Callable[[], Callable[[], None]]:
-    """What prepares one whole step after the other, each on the next batch."""
-    count = iter(range(1 << 62))
-
-    def prepared() -> Callable[[], None]:
-        phases = system.phases(batches[next(count) % len(batches)])
-
-        def step() -> None:
-            for _, run in phases:
-                run()
-
-        return step
-
-    return prepared
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:
@@ -117,17 +111,14 @@ def _until_idle(run: Callable[[], object]) -> float:
     return clocked(run, "cuda")
 
 
-def _bytes(system: System, batch: dict[str, Tensor], device: str) -> int:
+def _bytes(name: str, system: System, batch: Batch, device: str) -> int:
     """As ``COUNTED`` says."""
+    assert system.optimizer is not None
     state = [t for held in system.optimizer.state.values() for t in held.values() if isinstance(t, Tensor)]
     if device == "cpu":
         kept = [p for p in system.model.parameters() if p.requires_grad] + state
         return sum(t.nbytes for t in kept) + saved_bytes(system, batch)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    for _, run in system.phases(batch):
-        run()
-    step = torch.cuda.max_memory_allocated() - before
+    step = peak_bytes({name: system}, batch, device)[name]
     return sum(t.nbytes for t in [*system.model.parameters(), *state]) + step
 
 

@@ -17,10 +17,10 @@ from benchmarks.cpu import environment
 from benchmarks.records import write
 from benchmarks.step.measure import saved_bytes
 from benchmarks.step.models import SMALL, Model, described
-from benchmarks.step.systems import OURS_AGAIN, PHASES, systems
+from benchmarks.step.names import OURS_AGAIN, PHASES, RANK
+from benchmarks.step.systems import systems
 
 RESULTS = Path(__file__).parents[1] / "results" / "counts.json"
-RANK = 12
 DECISIVE = ("torch", "transformers", "peft")  # with other versions of these other operators run
 
 
@@ -52,8 +52,7 @@ def count(model: Model) -> dict[str, Any]:
     for name, system in systems(model, RANK, torch.float32, "cpu").items():
         if name == OURS_AGAIN:
             continue
-        for _, run in system.phases(batch):  # the first step makes state
-            run()
+        system.run(batch)  # the first step makes state
         operators[name] = {}
         for phase, run in system.phases(batch):
             with _Counter() as counter:

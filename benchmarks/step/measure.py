@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from benchmarks.step.models import Model, described
-from benchmarks.step.systems import FULL, LORA, OURS, OURS_AGAIN, OURS_SWEPT, PEFT, PHASES, System, systems
+from benchmarks.step.names import EAGER, FULL, LORA, OURS, OURS_AGAIN, OURS_SWEPT, PEFT, PHASES
+from benchmarks.step.systems import Batch, System, systems
 from benchmarks.timing import Contestant, Sample, interleave, ratio
 
+Result = TypeVar("Result")
 COMPARED, TOLERANCE = 5, 1e-4
 BATCHES = 4
 
@@ -43,28 +45,18 @@ def measure(
     torch.set_num_threads(threads)
     contestants = systems(model, rank, dtype, device, target, lora)
     batches = [model.batch(device, seed) for seed in range(BATCHES)]
-    check_equal(contestants, batches, 1e-2 if dtype.itemsize == 2 else TOLERANCE)
-
-    def whole_step(name: str) -> Contestant:
-        turns = itertools.cycle(batches)
-
-        def prepare() -> Callable[[], object]:
-            parts = contestants[name].phases(next(turns))
-            return lambda: [run() for _, run in parts]
-
-        return prepare
+    check_equal(contestants, batches, tolerance_of(dtype))
 
     clock = partial(clocked, device=device)
-    whole = interleave({name: whole_step(name) for name in contestants}, rounds, warmup, clock)
+    whole = interleave({name: turns(s.run, batches) for name, s in contestants.items()}, rounds, warmup, clock)
     phases: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in contestants}
     for i in range(max(2, rounds // 3)):
         for name, system in contestants.items():
             for phase, run in system.phases(batches[i % BATCHES]):
                 phases[name][phase].append(clock(run))
-    case = described(model, rank, dtype) | {"threads": threads, "device": device, "lora": lora or rank}
     record = {
-        "benchmark": "training step",
-        "case": case,
+        "benchmark": EAGER,
+        "case": case_of(model, rank, dtype, device, threads, lora),
         "milliseconds": {name: milliseconds(s) for name, s in whole.items()},
         "phases": {name: {p: 1e3 * statistics.median(s) for p, s in by.items()} for name, by in phases.items()},
         "peft_over_ours": {name: ratio(whole[PEFT], whole[name]) for name in (OURS, OURS_SWEPT)},
@@ -75,9 +67,23 @@ def measure(
         },
         "rounds": rounds,
     }  # fmt: skip
-    if device != "cpu":
-        record["peak_bytes"] = {name: peak_bytes(system, batches[0]) for name, system in contestants.items()}
+    if peaks := peak_bytes(contestants, batches[0], device):
+        record["peak_bytes"] = peaks
     return record
+
+
+def case_of(
+    model: Model, rank: int, dtype: torch.dtype, device: str, threads: int, lora: int | None, mode: str = ""
+) -> dict[str, Any]:
+    """The case, as it is written down; ``mode`` is a benchmark other than the eager one."""
+    case = described(model, rank, dtype) | {"threads": threads, "device": device, "lora": lora or rank}
+    return case | ({"mode": mode.rpartition(", ")[2]} if mode else {})
+
+
+def turns(step: Callable[[Batch], object], batches: Sequence[Batch]) -> Contestant:
+    """What times whole steps, each on the next batch."""
+    order = itertools.cycle(batches)
+    return lambda: partial(step, next(order))
 
 
 def clocked(run: Callable[[], object], device: str) -> float:
@@ -89,15 +95,22 @@ def clocked(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(system: System, batch: dict[str, Tensor]) -> int:
-    """The most that a step allocates on the CUDA device beyond what was allocated before it."""
+def weighed(run: Callable[[], Result], device: str) -> tuple[Result, int | None]:
+    """The most that a run allocates on the CUDA device beyond what was allocated before it; None on a CPU."""
+    if device == "cpu":
+        return run(), None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    for _, run in system.phases(batch):
-        run()
+    result = run()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return result, torch.cuda.max_memory_allocated() - before
+
+
+def peak_bytes(systems: Mapping[str, System], batch: Batch, device: str) -> dict[str, int]:
+    """The most that a step of each allocates beyond what it finds; empty on a CPU."""
+    peaks = {name: weighed(partial(system.run, batch), device)[1] for name, system in systems.items()}
+    return {name: peak for name, peak in peaks.items() if peak is not None}
 
 
 def milliseconds(seconds: list[float]) -> dict[str, float]:
@@ -105,24 +118,35 @@ def milliseconds(seconds: list[float]) -> dict[str, float]:
     return {name: 1e3 * value for name, value in vars(Sample.of(seconds)).items()}
 
 
-def check_equal(contestants: dict[str, System], batches: list[dict[str, Tensor]], tolerance: float) -> None:
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far losses of equal steps may be apart, relative."""
+    return 1e-2 if dtype.itemsize == 2 else TOLERANCE
+
+
+def check_equal(contestants: Mapping[str, System], batches: Sequence[Batch], tolerance: float) -> None:
     """The AdaLoRAs' losses over a few steps, before anything is timed."""
-    losses: dict[str, list[float]] = {}
-    for name in (PEFT, OURS, OURS_SWEPT, OURS_AGAIN):
-        losses[name] = []
-        for i in range(COMPARED):
-            for _, run in contestants[name].phases(batches[i % len(batches)]):
-                run()
-            loss = contestants[name].loss
-            assert loss is not None
-            losses[name].append(loss.item())
-    for name, values in losses.items():
-        apart = max(abs(a - b) / abs(b) for a, b in zip(values, losses[PEFT], strict=True))
-        if not apart <= tolerance:
-            raise AssertionError(f"{name}: losses differ from PEFT's by {apart:.1e}, relative")
+    expected = losses(contestants[PEFT].run, batches)
+    for name in (OURS, OURS_SWEPT, OURS_AGAIN):
+        check_losses(name, losses(contestants[name].run, batches), PEFT, expected, tolerance)
 
 
-def saved_bytes(system: System, batch: dict[str, Tensor]) -> int:
+def losses(step: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> list[float]:
+    """Those of the next few steps."""
+    return [step(batches[i % len(batches)]).item() for i in range(COMPARED)]
+
+
+def check_losses(name: str, found: Sequence[float], other: str, expected: Sequence[float], tolerance: float) -> None:
+    """Hold a contestant to the losses of another.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    apart = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
+    if not apart <= tolerance:
+        raise AssertionError(f"{name}: losses differ from {other}'s by {apart:.1e}, relative")
+
+
+def saved_bytes(system: System, batch: Batch) -> int:
     """Bytes of the distinct storages that a forward keeps for its backward, parameters aside."""
     own = {p.untyped_storage().data_ptr() for p in system.model.parameters()}
     saved: dict[int, int] = {}
@@ -141,4 +165,15 @@ def saved_bytes(system: System, batch: dict[str, Tensor]) -> int:
     return sum(saved.values())
 
 
-__all__ = ["check_equal", "measure", "saved_bytes"]
+__all__ = [
+    "case_of",
+    "check_equal",
+    "check_losses",
+    "losses",
+    "measure",
+    "peak_bytes",
+    "saved_bytes",
+    "tolerance_of",
+    "turns",
+    "weighed",
+]

@@ -19,6 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from benchmarks.step.names import DEBERTA
+
 VOCABULARY = 2000  # embeddings take no part in what is compared
 
 
@@ -101,8 +103,9 @@ SMALL = (
     Model("T5, 2 + 2 layers of 256", lambda: _t5(256, 2), _T5_TARGETS, 8, 64, "tokens"),
     Model("Llama, 4 layers of 256", lambda: _llama(256, 688, 4, 4, 2), _LLAMA_TARGETS, 8, 64, "tokens"),
 )
+DRY = Model("DeBERTa-v3, 1 layer of 64", lambda: _deberta(64, 1, 32), _DEBERTA_TARGETS, 2, 8, "class")
 REAL = (
-    Model("DeBERTa-v3-base, 32×128", lambda: _deberta(768, 12, 512), _DEBERTA_TARGETS, 32, 128, "class"),
+    Model(DEBERTA, lambda: _deberta(768, 12, 512), _DEBERTA_TARGETS, 32, 128, "class"),
     Model("DeBERTa-v3-base, 16×384", lambda: _deberta(768, 12, 512), _DEBERTA_TARGETS, 16, 384, "class"),
     Model("BART-large, 16×512", lambda: _bart(1024, 12, 1024), _BART_TARGETS, 16, 512, "tokens"),
     Model("T5-base, 16×512", lambda: _t5(768, 12), _T5_TARGETS, 16, 512, "tokens"),
@@ -119,4 +122,4 @@ def described(model: Model, rank: int, dtype: torch.dtype) -> dict[str, Any]:
     }  # fmt: skip
 
 
-__all__ = ["REAL", "SMALL", "Model", "described"]
+__all__ = ["DRY", "REAL", "SMALL", "Model", "described"]

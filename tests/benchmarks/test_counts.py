@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.compare import changes
 from benchmarks.records import read
-from benchmarks.step import counts, models, systems
+from benchmarks.step import counts, models, names
 
 HELD = read(counts.RESULTS)
 ABOUT = HELD["environment"]
@@ -30,4 +30,4 @@ def test_no_more_operators_and_bytes_than_on_record(model: models.Model) -> None
     assert len(found) == 12 and not [str(change) for change in found if change.worse]
     assert now["operators"] == held["operators"], "fewer, or others's changed: python -m benchmarks.step.counts"
     step = {name: by["step"] for name, by in now["operators"].items()}
-    assert step[systems.OURS] < step[systems.LORA] < step[systems.PEFT] / 3
+    assert step[names.OURS] < step[names.LORA] < step[names.PEFT] / 3

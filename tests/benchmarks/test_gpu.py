@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 from benchmarks.gpu import checks, graphed, layers, rows
 from benchmarks.gpu.layers import Case
 from benchmarks.gpu.machine import Machine
-from benchmarks.records import Sweep
+from benchmarks.records import Sweep, complaints
+from benchmarks.step import names
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +60,27 @@ def test_parts(tmp_path: Path) -> None:
     assert asked == {
         "ceilings", "host time of a launch", "plain product", "accumulation", "backward passes", "group"
     }  # fmt: skip
+
+
+def test_whole_steps(tmp_path: Path) -> None:
+    """Eager, captured and compiled; PEFT's AdaLoRA, which can't be captured, says why; and every bound is open."""
+    done = harness("--dry", "--part", "steps", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads((tmp_path / "dry-steps.json").read_text())
+    assert list(complaints(content)) == []
+    records = content["records"]
+    assert [(r["benchmark"], r["case"]["lora"]) for r in records] == [
+        (names.EAGER, names.RANK), (names.GRAPHED, names.RANK), (names.EAGER, names.TARGET),
+        (names.GRAPHED, names.TARGET), (names.COMPILED, names.RANK),
+    ]  # fmt: skip
+    ours = {names.OURS, names.OURS_SWEPT}
+    for record in records:
+        assert set(record["ours_over_lora"]) == ours and ours | {names.LORA} <= set(record["milliseconds"])
+        if record["benchmark"] == names.GRAPHED:
+            assert set(record["not_captured"]) == {names.PEFT} and set(record["eager_peft_over_ours"]) == ours
+            assert "RuntimeError: called a synchronizing operation" in record["not_captured"][names.PEFT]
+    assert records[-1]["not_compiled"] == {}
+    assert {row["state"] for row in content["rows"]} == {rows.OPEN} and "not measured (at most 1)" in done.stdout
 
 
 def test_graphed_steps_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.gpu import steps as gpu_steps
-from benchmarks.step import measure, models, systems
+from benchmarks.gpu import rows
+from benchmarks.step import graphed, measure, models, names, systems
 
 TINY = [replace(model, rows=2, columns=8) for model in models.SMALL]
 
@@ -24,12 +27,12 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize("model", TINY, ids=lambda model: model.name.split(",")[0])
 def test_record(model: models.Model) -> None:
     record = measure.measure(model, 4, torch.float32, "cpu", 1, rounds=2, warmup=0)
-    assert set(record["milliseconds"]) == set(record["phases"]) >= {systems.PEFT, systems.OURS, systems.LORA}
+    assert set(record["milliseconds"]) == set(record["phases"]) >= {names.PEFT, names.OURS, names.LORA}
     for name, whole in record["milliseconds"].items():
-        assert whole["median"] > 0 and set(record["phases"][name]) == set(systems.PHASES)
+        assert whole["median"] > 0 and set(record["phases"][name]) == set(names.PHASES)
     assert record["noise"] >= 0
     # Ours keeps u for each matrix where PEFT keeps what autograd makes of its expression.
-    assert record["saved_bytes"][systems.OURS] <= record["saved_bytes"][systems.PEFT]
+    assert record["saved_bytes"][names.OURS] <= record["saved_bytes"][names.PEFT]
 
 
 def test_contestants_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,17 +46,79 @@ def test_contestants_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         return patched
 
     monkeypatch.setattr(systems, "patch_model", faulty)
-    with pytest.raises(AssertionError, match="ours: losses differ from PEFT's"):
+    with pytest.raises(AssertionError, match="ours: losses differ from PEFT AdaLoRA's"):
         measure.measure(TINY[0], 4, torch.float32, "cpu", 1, rounds=2, warmup=0)
 
 
-def test_rows_of_the_gpu_name_both_ranks_of_lora() -> None:
-    case = {"model": models.REAL[0].name, "lora": gpu_steps.RANK}
-    ratios = {systems.OURS: 3.5, systems.OURS_SWEPT: 2.5}
-    record = {"case": case, "peft_over_ours": ratios, "ours_over_lora": {systems.OURS: 0.9, systems.OURS_SWEPT: 1.1}}
-    found = list(gpu_steps.rows([record, record | {"case": case | {"lora": gpu_steps.TARGET}}]))
-    assert len(found) == 6 and sum(row.holds for row in found) == 3
-    assert list(gpu_steps.rows([record | {"case": case | {"model": "another"}}])) == []
+def test_bounds_on_a_gpu_or_open() -> None:
+    """At both ranks of LoRA, eager and graphed, each with any optimizer and with AdaLoraAdamW."""
+
+    def record(mode: str, lora: int, over_lora: float) -> dict[str, Any]:
+        ratios = {names.OURS: over_lora, names.OURS_SWEPT: over_lora}
+        over_peft = {"peft_over_ours": {names.OURS: 3.5, names.OURS_SWEPT: 2.5}} if mode == names.EAGER else {}
+        case = {"model": names.DEBERTA, "lora": lora}
+        return {"benchmark": mode, "case": case, "ours_over_lora": ratios, **over_peft}
+
+    def states(*records: dict[str, Any]) -> list[str]:
+        found = list(rows.step_rows(list(records)))
+        assert len(found) == 10 and len({row.name for row in found}) == 10
+        return [row.state for row in found]
+
+    assert set(states()) == {rows.OPEN}
+    eager = record(names.EAGER, names.RANK, 0.9)
+    assert states(eager).count(rows.HELD) == 3 and states(eager).count(rows.MISSED) == 1
+    eager["case"]["model"] = "another"
+    assert set(states(eager)) == {rows.OPEN}
+    graphs = [record(names.GRAPHED, lora, over) for lora, over in ((names.RANK, 1.0), (names.TARGET, 1.01))]
+    assert [states(*graphs).count(state) for state in (rows.HELD, rows.MISSED, rows.OPEN)] == [2, 2, 6]
+
+
+def test_captured_steps_must_train_as_eager_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = graphed.captured
+
+    def faulty(system: systems.System, *args: Any) -> graphed.Step:
+        for module in system.model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = 0.1
+        return captured(system, *args)
+
+    monkeypatch.setattr(graphed, "captured", faulty)
+    with pytest.raises(AssertionError, match="frozen model, captured: losses differ from frozen model's"):
+        graphed.measure(models.DRY, 4, torch.float32, "cpu", 1, rounds=2, warmup=0)
+
+
+class _Crossings(TorchDispatchMode):
+    """Counts copies from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket.__name__ == "_to_copy":
+            self.count += (kwargs or {}).get("device") not in (None, args[0].device)
+        return function(*args, **(kwargs or {}))
+
+
+def test_deberta_as_captured_waits_for_no_device() -> None:
+    """On a device of its own, where what needs a value on the host raises and copies from there are seen."""
+
+    def crossings(prepared: bool) -> int:
+        with FakeTensorMode():
+            with torch.device("cpu:1"):
+                model = models.DRY.build()
+            model.config.problem_type = "single_label_classification"
+            if prepared:
+                graphed.without_waits(model)
+            batch = models.DRY.batch("cpu:1", 0)
+            with _Crossings() as seen:
+                model(**batch).loss.backward()
+            seen.count = 0
+            with seen:
+                model(**batch).loss.backward()
+        return seen.count
+
+    assert crossings(False) > 0 == crossings(True)
 
 
 def test_saved_bytes_count_each_storage_once() -> None:
@@ -64,6 +129,6 @@ def test_saved_bytes_count_each_storage_once() -> None:
         def forward(self) -> object:
             return type("Output", (), {"loss": ((x * 2).sin() * (x * 2).sin().cos()).sum()})
 
-    system = replace(found[systems.FULL], model=Twice())
+    system = replace(found[names.FULL], model=Twice())
     # Two products under sin, sin and cos under the product, and sin under cos: x itself is a leaf of none of them.
     assert measure.saved_bytes(system, {}) == 5 * x.nbytes

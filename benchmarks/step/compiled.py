@@ -1,0 +1,87 @@
+"""Whole steps with forward and backward by ``torch.compile``; optimizer and budget engine stay as they are."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch._dynamo
+
+from benchmarks.step.graphed import reason
+from benchmarks.step.measure import (
+    BATCHES,
+    case_of,
+    check_losses,
+    clocked,
+    losses,
+    milliseconds,
+    peak_bytes,
+    tolerance_of,
+    turns,
+)
+from benchmarks.step.models import Model
+from benchmarks.step.names import COMPILED, LORA, OURS, OURS_SWEPT, PEFT, eager
+from benchmarks.step.systems import systems
+from benchmarks.timing import interleave, ratio
+
+CONTESTANTS = (LORA, OURS, OURS_SWEPT)
+
+
+# Contestants share code, each with guards of its own. One more than the limit would run uncompiled without a word.
+@torch._dynamo.config.patch(recompile_limit=64)
+def measure(
+    model: Model, rank: int, dtype: torch.dtype, device: str, threads: int, rounds: int, warmup: int = 2,
+    target: int | None = None, lora: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """One model.
+
+    Args:
+        model, rank, dtype, device, target, lora: as in ``systems``. On a CPU, where nothing is timed in earnest, the
+            traced graph is run as it is, without a C++ compiler.
+        threads: of the CPU.
+        rounds, warmup: timed steps of each contestant, and untimed ones ahead of them.
+
+    Returns:
+        A record: milliseconds of compiled steps, and of PEFT's LoRA as it is; ratios within rounds; by
+        contestant that can't be compiled the error that says why; and on a CUDA device the most memory that a step
+        takes beyond what it finds.
+
+    Raises:
+        AssertionError: the losses differ from those of the eager step.
+    """
+    torch.set_num_threads(threads)
+    batches = [model.batch(device, seed) for seed in range(BATCHES)]
+    plain = systems(model, rank, dtype, device, target, lora, (LORA, PEFT))
+    found = systems(model, rank, dtype, device, target, lora, CONTESTANTS)
+    expected = {name: losses(system.run, batches) for name, system in plain.items()}
+    refused: dict[str, str] = {}
+    torch._dynamo.reset()
+    for name, system in found.items():
+        system.model = torch.compile(system.model, dynamic=False, backend="eager" if device == "cpu" else "inductor")
+        try:
+            made = losses(system.run, batches)
+        except RuntimeError as error:
+            refused[name] = reason(error)
+            continue
+        other = LORA if name == LORA else PEFT
+        check_losses(f"{name}, compiled", made, other, expected[other], tolerance_of(dtype))
+    held = {name: system for name, system in found.items() if name not in refused}
+    contestants = held | {eager(LORA): plain[LORA]}
+    timed = {name: turns(system.run, batches) for name, system in contestants.items()}
+    seconds = interleave(timed, rounds, warmup, partial(clocked, device=device))
+    record = {
+        "benchmark": COMPILED,
+        "case": case_of(model, rank, dtype, device, threads, lora, COMPILED),
+        "milliseconds": {name: milliseconds(s) for name, s in seconds.items()},
+        "ours_over_lora": {
+            name: ratio(seconds[name], seconds[LORA]) for name in held if name != LORA and LORA in held
+        },
+        "not_compiled": refused,
+        "rounds": rounds,
+    }  # fmt: skip
+    peaks = peak_bytes(contestants, batches[0], device)
+    return record | ({"peak_bytes": peaks} if peaks else {})
+
+
+__all__ = ["measure"]
