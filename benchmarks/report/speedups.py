@@ -11,7 +11,10 @@ from benchmarks.report.sources import Measured, Source
 from benchmarks.report.wording import labels, name, number, sentence
 
 _NO_RIVALS = (FROZEN, OURS, "triton:")  # by how their names begin
-_DRAWN = ("ratio_to_frozen", "added_milliseconds", "added_to_backward", "microseconds_per_layer", "phases", "operators")
+_DRAWN = (
+    "ratio_to_frozen", "added_milliseconds", "added_to_backward", "microseconds_per_layer", "phases", "operators",
+    "not_captured", "not_compiled",
+)  # fmt: skip
 
 
 def sections(sources: Sequence[Source]) -> Iterator[Section]:

@@ -9,11 +9,12 @@ from benchmarks.report.draw import Axes, Bar, Curve, Group, bars, curves
 from benchmarks.report.figures import Figure, Section, Table
 from benchmarks.report.layers import alike, what
 from benchmarks.report.sources import Measured, Source
-from benchmarks.report.wording import labels, name, number, phrases, sentence, shared
+from benchmarks.report.wording import capital, labels, name, number, phrases, sentence, shared
 
 AGAIN = "ours, once more"  # the same thing twice, for the noise
 WHOLE = "step"
 _MIB = 1 << 20
+_REFUSED = {"not_captured", "not_compiled"}  # where records say which contestants are missing, and why
 
 
 def sections(sources: Sequence[Source]) -> Iterator[Section]:
@@ -25,6 +26,12 @@ def sections(sources: Sequence[Source]) -> Iterator[Section]:
         "Forward, backward, optimizer and AdaLoRA's own work, medians; all contestants in turn on equal weights and "
         "batches, after a check that the AdaLoRAs' losses agree.",
         [phases(m) for m in timed],
+    )
+    yield Section(
+        "Training steps as CUDA graphs and compiled",
+        "The same steps, each replayed as one CUDA graph, or with forward and backward by torch.compile; beside PEFT's "
+        "as they are.",
+        [whole(m) for m in every if not _REFUSED.isdisjoint(m.record)],
     )
     grown = [
         figure
@@ -71,18 +78,38 @@ def phases(m: Measured) -> Figure:
     )
 
 
+def whole(m: Measured) -> Figure:
+    """One model's steps as bars, and who is not among them."""
+    times = {c: t for c, t in m.milliseconds.items() if c != AGAIN}
+    refused = [f"not {name(c)}: {why}" for field in sorted(_REFUSED) for c, why in m.record.get(field, {}).items()]
+    return Figure(
+        ", ".join(phrases(m.case)),
+        bars(
+            [Group("", [Bar(name(c), t["median"], c, number(t["median"])) for c, t in times.items()])],
+            Axes("ms a step"),
+        ),
+        Table(
+            ["contestant", "ms", "20%", "80%"],
+            [[name(c), *(number(t[q]) for q in ("median", "p20", "p80"))] for c, t in times.items()],
+        ),
+        [m],
+        " ".join([capital(_ratios(m)), *(f"{capital(text)}." for text in refused)]),
+    )
+
+
 def _ratios(m: Measured) -> str:
     """Ours beside PEFT's AdaLoRA and LoRA, in a sentence, with the noise."""
     noise = m.noise("ours", "PEFT AdaLoRA")
     said = [
-        f"PEFT AdaLoRA takes {_marked(ratio, noise)} of {name(c)}"
-        for c, ratio in m.record.get("peft_over_ours", {}).items()
+        f"{peft} takes {_marked(ratio, noise)} of {name(c)}"
+        for field, peft in (("peft_over_ours", "PEFT AdaLoRA"), ("eager_peft_over_ours", "PEFT AdaLoRA, eager,"))
+        for c, ratio in m.record.get(field, {}).items()
     ]
     said += [
         f"{name(c)} takes {_marked(ratio, noise)} of PEFT LoRA"
         for c, ratio in m.record.get("ours_over_lora", {}).items()
     ]
-    return "; ".join(said) + f"; noise ±{100 * noise:.1f}%."
+    return "; ".join([*said, f"noise ±{100 * noise:.1f}%."])
 
 
 def _marked(ratio: float, noise: float) -> str:
