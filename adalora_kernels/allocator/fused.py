@@ -3,8 +3,9 @@
 That is variant "paper", whose importance reads the parameters before the optimizer's step. It is right only where the
 gradient that the layer's backward hands over is the one that the optimizer will see. Whether it was is not promised
 beforehand but looked at afterwards: nothing may have written to it since. The new averages wait in the other half of
-the ping-pong pair, so where a single gradient was clipped, reduced, unscaled, hooked, or made by a module that ran
-twice, the launch before the optimizer's step does the whole model over.
+the ping-pong pair, so where a gradient was clipped, reduced, unscaled, hooked, or made by a module that ran twice, the
+launch before the optimizer's step does it over: the whole model on the CPU, which has no launch otherwise; that
+parameter on a GPU, where the launch is made in any case and skips the others.
 """
 
 from __future__ import annotations
@@ -16,27 +17,34 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from adalora_kernels.allocator.fused_ways import Planned, way_of
 from adalora_kernels.allocator.triplets import refuse_several_devices
-from adalora_kernels.ops.importance import OrthogonalityShare, importance_layer, listen, sink_of
+from adalora_kernels.ops.importance import LayerImportance, OrthogonalityShare, listen, sink_of
 from adalora_kernels.ops.orthogonality import Term, when_backward_ends
 
 if TYPE_CHECKING:
     from adalora_kernels.allocator.engine import BudgetEngine
 
 
+FUSED = "fused into the backward"
+
+
 @dataclass
 class _Expected:
-    """What a parameter's gradient must be after the backward.
+    """What a parameter and its gradient must be after the backward.
 
     Attributes:
-        address: where it lies.
+        address: where the gradient lies.
         version: how often it was written to, as autograd counts.
-        values: of its first row, since a GradScaler's unscaling and a collective write behind autograd's back.
+        param_version: likewise the parameter.
+        values: of its first row, since a GradScaler's unscaling and a collective write behind autograd's back; None
+            where the device compares.
     """
 
     address: int
     version: int
-    values: Tensor
+    param_version: int
+    values: Tensor | None
 
 
 @dataclass
@@ -61,9 +69,6 @@ class _Step:
 class FusedImportance:
     """The sink of all layers of one allocator; ``RankAllocator.fuse_backward`` makes it.
 
-    Attributes:
-        outcome: what became of the last step that took gradients, in words.
-
     Raises:
         ValueError: layers on several devices.
     """
@@ -71,7 +76,8 @@ class FusedImportance:
     def __init__(self, engine: BudgetEngine) -> None:
         refuse_several_devices("fuse_backward()", engine.triplets)
         self._engine = engine
-        self.outcome = "no step yet"
+        self._outcome = "no step yet"
+        self._committed = False
         self._step = _Step()
         self._layers: dict[int, int] = {}
         self._follow()
@@ -82,8 +88,7 @@ class FusedImportance:
         params = [t.parameters for t in engine.triplets]
         self._params = params
         self._layers = {id(A): i for i, (A, _, _) in enumerate(params)}
-        self._scores = torch.zeros_like(engine.importance.scores)
-        self._finite = torch.zeros(len(params), dtype=torch.bool, device=self._scores.device)
+        self._way = way_of(engine)
         shapes = engine.importance.layout.shapes
         starts = [0]
         for r in [*(r for r, _, _ in shapes), *(r for r, _, _ in shapes)]:
@@ -107,62 +112,79 @@ class FusedImportance:
                 step.wanted = engine.schedule.plan(engine.next_step, engine.importance.settled).update
         return step.wanted
 
+    @property
+    def outcome(self) -> str:
+        """What became of the last step that took gradients, in words. Waits for the device where that has decided."""
+        redone = self._way.redone() if self._committed else []
+        if not redone:
+            return self._outcome
+        name, others = self._engine.triplets[redone[0]].name, len(redone) - 1
+        more = f" and of {others} more" if others else ""
+        return f"{self._outcome}; launched before the step: the gradient of {name}{more} was written to unseen"
+
     def reset(self, because: str = "") -> None:
         """Forget what the backwards have left: this step takes no gradients, or not those."""
         self._step = _Step()
-        self.outcome = f"launched before the step: {because}" if because else "no gradients taken"
+        self._note(f"launched before the step: {because}" if because else "no gradients taken")
+
+    def _note(self, outcome: str, committed: bool = False) -> None:
+        self._outcome, self._committed = outcome, committed
+
+    def begin_layer(self, lora_A: Tensor) -> LayerImportance | None:
+        """As ``ops.importance.Sink`` says."""
+        layer = self._layers[id(lora_A)]
+        planned = self._plan(layer) if self._way.piecewise else None
+        return None if planned is None else self._way.begin(layer, planned)
 
     @torch.no_grad()
-    def take_layer(self, lora_A: Tensor, dA: Tensor, dE: Tensor, dB: Tensor) -> None:
+    def take_layer(
+        self, lora_A: Tensor, dA: Tensor, dE: Tensor, dB: Tensor, begun: LayerImportance | None = None
+    ) -> None:
         """As ``ops.importance.Sink`` says."""
         step, layer = self._step, self._layers[id(lora_A)]
         grads, params = (dA, dE, dB), self._params[layer]
+        if not self._way.piecewise:
+            planned = self._plan(layer)
+        else:
+            planned = None if begun is None or not begun.done else Planned(begun.before, begun.term)
+        step.expected[layer] = None
+        if planned is None or not all(map(_fits, grads, params)):
+            return
+        values = self._way.take(layer, params, grads, planned)
+        if planned.term is not None:
+            step.termed.add(layer)
+        step.expected[layer] = tuple(
+            _Expected(g.data_ptr(), g._version, p._version, value)
+            if before is None
+            else _Expected(before.data_ptr(), before._version + 1, p._version, value)
+            for p, g, before, value in zip(params, grads, planned.before, values, strict=True)
+        )
+
+    def _plan(self, layer: int) -> Planned | None:
+        """How the layer whose backward is under way can be taken; None where it can't."""
+        step, params = self._step, self._params[layer]
         share = None
         if step.term is not None and step.term[3] != _current_backward():
             step.term = None  # of a backward that failed
         if step.term is not None and layer not in step.termed:
             _, slopes, scale, _ = step.term
             share = OrthogonalityShare(slopes, *self._slopes_at[layer], scale)
-        fits = all(g.is_contiguous() and g.dtype == p.dtype for g, p in zip(grads, params, strict=True))
+        before = [p.grad for p in params]
         if layer in step.expected:
-            before = step.expected[layer]
-            if before is None or not all(map(_arrived, params, before)):
-                fits = False
+            expected = step.expected[layer]
+            if expected is None or not all(map(_arrived, params, expected)):
                 step.because = f"{self._engine.triplets[layer].name} ran twice in one backward"
-        if not fits or not self._wanted():
-            step.expected[layer] = None
-            return
-        totals: list[Tensor] = list(grads)
-        if share is not None:
-            step.termed.add(layer)
-        if any(p.grad is not None for p in params):
-            if share is not None:
-                step.termed.discard(layer)
-                step.expected[layer] = None
-                step.because = "the orthogonality term came on top of gradients that were there"
-                return
-            totals = [g if p.grad is None else p.grad + g for p, g in zip(params, grads, strict=True)]
-        state = self._engine.importance
-        importance_layer(
-            state.layout,
-            layer,
-            params,
-            totals,
-            share,
-            state.averages,
-            state.half,
-            self._scores,
-            self._finite,
-            self._engine.beta1,
-            self._engine.beta2,
-            backend=self._engine.backend,
-        )
-        step.expected[layer] = tuple(
-            _Expected(g.data_ptr(), g._version, total[:1].clone())
-            if p.grad is None
-            else _Expected(p.grad.data_ptr(), p.grad._version + 1, total[:1].clone())
-            for p, g, total in zip(params, grads, totals, strict=True)
-        )
+                return None
+        if not self._wanted():
+            return None
+        there = [g for g in before if g is not None]
+        if there and share is not None:
+            step.because = "the orthogonality term came on top of gradients that were there"
+            return None
+        if self._way.piecewise and not all(map(_fits, before, params)):
+            step.because = f"{self._engine.triplets[layer].name} is not contiguous, or accumulates in another dtype"
+            return None
+        return Planned(before, share)
 
     def take_term(self, term: Term, slopes: Tensor, scale: Tensor) -> bool:
         """As ``ops.importance.Sink`` says: the layers' backwards, which come after, add it to their gradients."""
@@ -186,14 +208,16 @@ class FusedImportance:
             return
         (term, slopes, scale, _), step.term = step.term, None
         rest = [i for i in range(len(self._params)) if i not in step.termed]
-        if rest:
+        if len(rest) == len(self._params):
+            term.accumulate(slopes, scale)
+        elif rest:
             at = [*(self._slopes_at[i][0] for i in rest), *(self._slopes_at[i][1] for i in rest)]
             lora_A, lora_B = ([self._params[i][part] for i in rest] for part in (0, 2))
             ranks = [self._params[i][0].shape[0] for i in rest] * 2
             own = torch.cat([slopes[a : a + r * r] for a, r in zip(at, ranks, strict=True)])
             term.part(lora_A, lora_B).accumulate(own, scale)
-            for i in rest:
-                step.expected[i] = None
+        for i in rest:
+            step.expected[i] = None
 
     def collect(self, params: Sequence[Tensor]) -> Tensor | None:
         """Take over what the backwards have left, if it is the whole model's and nothing has changed since.
@@ -205,32 +229,45 @@ class FusedImportance:
         if any(p is not q for p, q in zip(params[::3], (own[0] for own in self._params), strict=True)):
             self.stop()
             self._follow()
-            self.outcome = "launched before the step: parameters were replaced"
+            self._note("launched before the step: parameters were replaced")
             return None
+        known: list[bool] = []
+        reasons: dict[int, str] = {}
         for layer, own in enumerate(self._params):
             expected = step.expected.get(layer)
             name = self._engine.triplets[layer].name
-            if expected is None:
-                reason = step.because or f"{name} was not fused in this step"
-            elif all(map(_arrived, own, expected)):
+            if self._way.piecewise and own[1].numel() == 0:  # nothing to take
+                known += (False, False, False)
                 continue
-            else:
-                reason = f"the gradient of {name} was written to after its backward"
-            self.outcome = f"launched before the step: {reason}"
+            if expected is None:
+                known += (False, False, False)
+                reasons[layer] = step.because or f"{name} was not fused in this step"
+                continue
+            known += map(_arrived, own, expected)
+            if not all(known[-3:]):
+                reasons[layer] = f"the gradient of {name} was written to after its backward"
+        because = next(iter(reasons.values()), "")
+        if reasons and not (self._way.piecewise and any(known)):
+            self._note(f"launched before the step: {because}")
             return None
-        state = self._engine.importance
-        finite = self._finite.all().reshape(1)
-        state.half.copy_(torch.where(finite, 1 - state.half, state.half))
-        state.scores.copy_(torch.where(finite, self._scores, state.scores))
-        self.outcome = "fused into the backward"
+        finite = self._way.commit(params, known)
+        but = f" but for {len(reasons)} of {len(self._params)} layers; launched before the step: {because}"
+        self._note(FUSED + (but if reasons else ""), committed=True)
         return finite
+
+
+def _fits(grad: Tensor | None, param: Tensor) -> bool:
+    """Whether a gradient lies as its parameter's kernels write it."""
+    return grad is None or (grad.is_contiguous() and grad.dtype == param.dtype)
 
 
 def _arrived(param: Tensor, expected: _Expected) -> bool:
     grad = param.grad
     if grad is None or grad.data_ptr() != expected.address or grad._version != expected.version:
         return False
-    return torch.equal(grad[:1], expected.values)
+    if param._version != expected.param_version:
+        return False
+    return expected.values is None or torch.equal(grad[:1], expected.values)
 
 
 def _current_backward() -> int:

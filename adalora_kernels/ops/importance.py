@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adalora_kernels.backends.select import Backend, implementation, select
+from adalora_kernels.reference.handover import Handover, LayerImportance
 from adalora_kernels.reference.importance import OrthogonalityShare, TripletLayout, triplet_scores
 
 
@@ -64,18 +65,59 @@ def importance_layer(
     module.importance_layer(layout, layer, params, grads, term, state, half, scores, finite, beta1, beta2)
 
 
-def offers_layer(backend: Backend, device_type: str) -> bool:
-    """Whether ``importance_layer`` runs on this backend and device."""
-    return hasattr(implementation("importance", backend), "importance_layer") and (
-        backend is not Backend.NATIVE or device_type == "cpu"
+def importance_handed_over(
+    layout: TripletLayout,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    handover: Handover,
+    known: list[bool],
+    state: Tensor,
+    half: Tensor,
+    scores: Tensor,
+    beta1: float,
+    beta2: float,
+    *,
+    backend: str | Backend | None = None,
+) -> Tensor:
+    """As ``importance_update``, with what backwards have done of it taken from ``handover``.
+
+    Args:
+        handover: see ``reference.handover``.
+        known: of which of the 3n gradients it is, as far as the host knows.
+        The others as in ``importance_update``.
+
+    Raises:
+        RuntimeError: the backend asked for can't run.
+    """
+    module = implementation("importance", select("importance", state.device.type, state.dtype, 0, backend).backend)
+    result: Tensor = module.importance_update(
+        layout, params, grads, state, half, scores, beta1, beta2, handed_over=(handover, known)
     )
+    return result
+
+
+def hands_over(backend: Backend) -> bool:
+    """Whether the stage that finishes a layer's gradients updates importance on this backend."""
+    return hasattr(implementation("importance", backend), "new_handover")
+
+
+def offers_layer(backend: Backend, device_type: str) -> bool:
+    """Whether importance can be fused into a layer's backward on this backend and device."""
+    has_layer = hasattr(implementation("importance", backend), "importance_layer")
+    return hands_over(backend) or (has_layer and (backend is not Backend.NATIVE or device_type == "cpu"))
 
 
 class Sink(Protocol):
     """Who takes gradients in the backward that makes them; ``allocator.fused`` has the one there is."""
 
-    def take_layer(self, lora_A: Tensor, dA: Tensor, dE: Tensor, dB: Tensor) -> None:
-        """A layer's backward has finished its adapter's gradients, which autograd gets next. They may be added to."""
+    def begin_layer(self, lora_A: Tensor) -> LayerImportance | None:
+        """A layer's backward is about to make all gradients of its adapter: what their last stage is to update."""
+
+    def take_layer(self, lora_A: Tensor, dA: Tensor, dE: Tensor, dB: Tensor, begun: LayerImportance | None) -> None:
+        """A layer's backward has finished its adapter's gradients, which autograd gets next. They may be added to.
+
+        ``begun``: of ``begin_layer``, where that was called.
+        """
 
     def take_term(self, term: Any, slopes: Tensor, scale: Tensor) -> bool:
         """The backward of an orthogonality term (``ops.orthogonality.Term``) has come; whether it is seen to."""
@@ -93,6 +135,18 @@ def listen(lora_A: Tensor, sink: Sink | None) -> None:
         _sinks.pop(lora_A, None)
 
 
+def begin_layer(lora_A: Tensor, backend: Backend, needs: Sequence[bool]) -> LayerImportance | None:
+    """What the sink of the layer with this A, if it has one, wants from the stage that finishes its gradients.
+
+    Args:
+        lora_A: the parameter.
+        backend: who computes the backward.
+        needs: whether dA, dE, dB are asked for.
+    """
+    sink = sink_of(lora_A)
+    return None if sink is None or not all(needs) or not hands_over(backend) else sink.begin_layer(lora_A)
+
+
 def sink_of(lora_A: Tensor) -> Sink | None:
     """The sink of the layer with this A, if it has one."""
     if not _sinks:
@@ -102,9 +156,14 @@ def sink_of(lora_A: Tensor) -> Sink | None:
 
 
 __all__ = [
+    "Handover",
+    "LayerImportance",
     "OrthogonalityShare",
     "Sink",
     "TripletLayout",
+    "begin_layer",
+    "hands_over",
+    "importance_handed_over",
     "importance_layer",
     "importance_update",
     "listen",

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from adalora_kernels.backends.select import Backend, Selection, implementation, select
 from adalora_kernels.ops.checks import check_layer
-from adalora_kernels.ops.importance import sink_of
+from adalora_kernels.ops.importance import LayerImportance, begin_layer, sink_of
 from adalora_kernels.reference.svd_linear import Adapter
 
 SEED_RANGE = 2**63 - 1
@@ -194,8 +194,12 @@ def _backward(
     adapter: Adapter,
     needs: list[bool],
     selection: Selection,
+    importance: LayerImportance | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight, bias, A, E, B, each None where ``needs`` doesn't ask for it."""
+    """Gradients of x, weight, bias, A, E, B, each None where ``needs`` doesn't ask for it.
+
+    ``importance``: to be updated where the last three are finished, on a backend that does.
+    """
     need_x, need_weight, need_bias, *need_adapter = needs
     _, launch = launchers(selection)
     tokens = math.prod(x.shape[:-1])
@@ -203,7 +207,8 @@ def _backward(
     x_2d = x.reshape(tokens, x.shape[-1])
     dw = db = None
     with autocast_off(x):
-        dx, dA, dE, dB = launch(g, x_2d, u, weight, adapter, (need_x, *need_adapter))
+        extra = {} if importance is None else {"importance": importance}
+        dx, dA, dE, dB = launch(g, x_2d, u, weight, adapter, (need_x, *need_adapter), **extra)
         if need_weight and weight is not None:
             dw = (g.to(adapter.compute_dtype).t() @ x_2d.to(adapter.compute_dtype)).to(weight.dtype)
         if need_bias and bias is not None:
@@ -247,12 +252,16 @@ def _gradients(ctx: Any, grad_y: Tensor | None, run: Any) -> tuple[Tensor | None
     *numbers, chosen = ctx.arguments
     need = ctx.needs_input_grad
     needs = [need[i] for i in (0, 1, 2, 4, 5, 6)]
-    dx, dw, db, dA, dE, dB = run(grad_y, x, u, weight, bias, Adapter(*tensors, *numbers), needs, chosen)
+    arguments = [grad_y, x, u, weight, bias, Adapter(*tensors, *numbers), needs, chosen]
+    begun = None
+    if run is _backward:  # what is traced is left to the launch before the optimizer's step
+        begun = begin_layer(ctx.lora_A, chosen.backend, needs[3:])
+        arguments.append(begun)
+    dx, dw, db, dA, dE, dB = run(*arguments)
     if run is _backward and dA is not None and dE is not None and dB is not None:
-        # While they are in the cache; what is traced is left to the launch before the optimizer's step.
         sink = sink_of(ctx.lora_A)
         if sink is not None:
-            sink.take_layer(ctx.lora_A, dA, dE, dB)
+            sink.take_layer(ctx.lora_A, dA, dE, dB, begun)
     base_grad = grad_y if need[3] else None
     return (dx, dw, db, base_grad, dA, dE, dB, None, None, None, None, None, None)
 

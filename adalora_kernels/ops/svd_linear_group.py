@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from adalora_kernels.backends.select import Backend, Selection, select
 from adalora_kernels.ops.checks import check_layer
-from adalora_kernels.ops.importance import sink_of
+from adalora_kernels.ops.importance import begin_layer, sink_of
 from adalora_kernels.ops.svd_linear import SEED_RANGE, autocast_off, compute_dtype_of, launchers, svd_linear
 from adalora_kernels.reference import svd_linear_group as one_by_one
 from adalora_kernels.reference.svd_linear import Adapter
@@ -156,6 +156,7 @@ class _SVDLinearGroup(torch.autograd.Function):
             made = launch(x.reshape(tokens, x.shape[-1]), _members(tensors, numbers))
         ctx.save_for_backward(x, *tensors, *(u for _, u in made))
         ctx.numbers, ctx.selection = numbers, selection
+        ctx.lora_As = tensors[2::_TENSORS]  # themselves: under checkpointing the saved ones are aliases
         ctx.set_materialize_grads(False)
         if x.dim() == 2:
             return tuple(y for y, _ in made)
@@ -177,8 +178,13 @@ class _SVDLinearGroup(torch.autograd.Function):
         x_2d = x.reshape(tokens, x.shape[-1])
         grads = [None if g is None else g.reshape(tokens, g.shape[-1]) for g in grad_ys]
         found: list[Tensor | None] = [None, None]
+        begun = [
+            None if g is None else begin_layer(lora_A, ctx.selection.backend, asked)
+            for g, lora_A, asked in zip(grads, ctx.lora_As, needs, strict=True)
+        ]
+        extra = {"importance": begun} if any(begun) else {}
         with autocast_off(x):
-            dx, gradients = launch(grads, x_2d, us, members, need_x, needs)
+            dx, gradients = launch(grads, x_2d, us, members, need_x, needs, **extra)
             found.append(None if dx is None else dx.view(x.shape))
             for i, (g, (weight, bias, adapter)) in enumerate(zip(grads, members, strict=True)):
                 need_weight, need_bias = need[i * _TENSORS : i * _TENSORS + 2]
@@ -188,9 +194,10 @@ class _SVDLinearGroup(torch.autograd.Function):
                 if g is not None and need_bias and bias is not None:
                     db = g.sum(0).to(bias.dtype)
                 found += [dw, db, *gradients[i], None, None]
-                sink = sink_of(adapter.lora_A)
-                if sink is not None and all(gradient is not None for gradient in gradients[i]):
-                    sink.take_layer(adapter.lora_A, *gradients[i])
+                dA, dE, dB = gradients[i]
+                sink = sink_of(ctx.lora_As[i])
+                if sink is not None and dA is not None and dE is not None and dB is not None:
+                    sink.take_layer(ctx.lora_As[i], dA, dE, dB, begun[i])
         return tuple(found)
 
 

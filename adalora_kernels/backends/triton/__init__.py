@@ -16,12 +16,14 @@ from torch import Tensor
 from adalora_kernels.backends.triton import plans
 from adalora_kernels.backends.triton.problem import problem_of
 from adalora_kernels.backends.triton.tiles import MAX_RANK, rank_padding
+from adalora_kernels.reference.handover import LayerImportance
 from adalora_kernels.reference.svd_linear import Adapter
 
 _MIN_CAPABILITY = (8, 0)
 # The budget engine's functions, each with the module of ``engine`` that has it.
 _ENGINE = {
     "importance_update": "importance",
+    "new_handover": "importance",
     "adamw_update": "adamw",
     "total_norm": "norm",
     "orthogonality": "orthogonality",
@@ -86,10 +88,16 @@ def svd_linear_backward(
     adapter: Adapter,
     needs: tuple[bool, bool, bool, bool],
     plan: str | None = None,
+    importance: LayerImportance | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As ``reference.svd_linear.backward``, with the u of ``svd_linear_forward``; ``plan`` and errors as there."""
+    """As ``reference.svd_linear.backward``, with the u of ``svd_linear_forward``; ``plan`` and errors as there.
+
+    ``importance``: of the layer, to be updated on the way as ``reference.handover`` says.
+    """
     choice = plans.choose(problem_of(x, weight, adapter, needs[0]), plan)
-    dx, dA, dE, dB = plans.launcher("backward", choice.backward)(grad_y, x, u, weight, adapter, needs)
+    dx, dA, dE, dB = plans.launcher("backward", choice.backward)(
+        grad_y, x, u, weight, adapter, needs, importance
+    )  # fmt: skip
     return dx, dA, dE, dB
 
 

@@ -19,9 +19,14 @@ from torch import Tensor
 
 from adalora_kernels.backends.triton import measured, tiles
 from adalora_kernels.backends.triton.tiles import MAX_RANK, Family, Tile, Width
+from adalora_kernels.reference.handover import POSITIONS
 
 MOST = 6  # rows of a kernel on any family, and tiles measured for it on any device
-FINISH = Tile(8, 0, 0, 4, 2)  # the second stage of every sum: fp32 shares, whatever the device and the operands
+# The second stage of every sum: fp32 shares, whatever the device and the operands; in pieces as importance is summed.
+FINISH = Tile(POSITIONS, 0, 0, 4, 2)
+# Warps, and the most registers, of the one that updates importance too, by the extent of its tile along the rank. Left
+# to itself the assembler spills to have more programs on a multiprocessor.
+FINISH_WITH_IMPORTANCE = {16: (4, 96), 32: (4, 128), 64: (8, 128), 128: (8, 184)}
 
 _A, _H, _B = (Family.AMPERE,), (Family.HOPPER,), (Family.BLACKWELL,)
 _HB, _ALL = _H + _B, tuple(Family)
@@ -272,4 +277,14 @@ def configurations() -> Iterator[Configuration]:
                 yield Configuration(kernel, family, Width(width), max_rank, Tile(*fields), *about)
 
 
-__all__ = ["FINISH", "MOST", "Configuration", "choose", "configurations", "largest_rank", "lookup", "tile_of"]
+__all__ = [
+    "FINISH",
+    "FINISH_WITH_IMPORTANCE",
+    "MOST",
+    "Configuration",
+    "choose",
+    "configurations",
+    "largest_rank",
+    "lookup",
+    "tile_of",
+]

@@ -11,8 +11,9 @@ calculation, members go through their own plans, one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from adalora_kernels.backends.triton.forward.shrink import has_dependent_launch
 from adalora_kernels.backends.triton.problem import Problem, problem_of
 from adalora_kernels.backends.triton.stack import Stack, stackable, stacks
 from adalora_kernels.reference import svd_linear_group as one_by_one
+from adalora_kernels.reference.handover import LayerImportance
 from adalora_kernels.reference.svd_linear_group import Gradients, Member
 
 _ON_GEMM = ("published", "shrink_tail")  # plans whose product is the stack's
@@ -62,14 +64,24 @@ def backward(
     need_x: bool,
     needs: Sequence[tuple[bool, bool, bool]],
     plan: str | None = None,
+    importance: Sequence[LayerImportance | None] | None = None,
 ) -> tuple[Tensor | None, list[Gradients]]:
-    """As ``reference.svd_linear_group.backward``, with the u of ``forward``; ``plan`` and errors as there."""
+    """As ``reference.svd_linear_group.backward``, with the u of ``forward``; ``plan`` and errors as there.
+
+    ``importance``: of each member, to be updated on the way as ``reference.handover`` says.
+    """
+    importance = [None] * len(members) if importance is None else importance
     used = [i for i, grad_y in enumerate(grads) if grad_y is not None]
     found = _stacks([members[i] for i in used]) if x.numel() > 0 else []
     problems = tuple(problem_of(x, members[i].weight, members[i].adapter, need_x) for i in used)
     if found and _backward_pays(_ranked(problems), len(found), plan):
-        return _stacked_backward(grads, x, us, members, need_x, needs)
-    launch = partial(layer.svd_linear_backward, plan=plan)
+        return _stacked_backward(grads, x, us, members, need_x, needs, importance)
+    updates = iter([importance[i] for i in used])
+    alone: Callable[..., Any] = partial(layer.svd_linear_backward, plan=plan)
+
+    def launch(*call: Any) -> Any:
+        return alone(*call, importance=next(updates))
+
     return one_by_one.backward(grads, x, us, members, need_x, needs, launch)
 
 
@@ -173,8 +185,8 @@ def _stacked_backward(
     members: Sequence[Member],
     need_x: bool,
     needs: Sequence[tuple[bool, bool, bool]],
+    importance: Sequence[LayerImportance | None],
 ) -> tuple[Tensor | None, list[Gradients]]:
-
     dx: Tensor | None = None
     gradients: list[Gradients] = [(None, None, None)] * len(members)
     v, t = dict[int, Tensor](), dict[int, Tensor | None]()
@@ -199,7 +211,7 @@ def _stacked_backward(
         da.update(zip(stack.members, shares, strict=True))
     for i in t:
         shares_of_da = da.get(i) if needs[i][0] else None
-        gradients[i] = finish(t[i], shares_of_da, members[i].adapter, (need_x, *needs[i]))
+        gradients[i] = finish(t[i], shares_of_da, members[i].adapter, (need_x, *needs[i]), importance[i])
     return None if dx is None else dx.to(x.dtype), gradients
 
 

@@ -17,6 +17,7 @@ from adalora_kernels.backends.triton.backward.frozen import frozen_gradients, fr
 from adalora_kernels.backends.triton.backward.g_pass import pass_over_g
 from adalora_kernels.backends.triton.backward.slab_sums import finish
 from adalora_kernels.backends.triton.backward.x_pass import pass_over_x
+from adalora_kernels.reference.handover import LayerImportance
 from adalora_kernels.reference.svd_linear import Adapter
 
 
@@ -27,6 +28,7 @@ def backward(
     weight: Tensor,
     adapter: Adapter,
     needs: tuple[bool, bool, bool, bool],
+    importance: LayerImportance | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As ``reference.svd_linear.backward`` with a weight and with dx asked for; the rest only where ``needs`` says so.
 
@@ -39,7 +41,7 @@ def backward(
     assert v is not None
     frozen = frozen_product(grad_y, weight, adapter.compute_dtype)
     dx, da = pass_over_x(x, v, frozen, adapter, True, need_A)
-    return dx, *finish(t, da, adapter, needs)
+    return dx, *finish(t, da, adapter, needs, importance)
 
 
 __all__ = ["backward"]

@@ -17,6 +17,7 @@ from adalora_kernels.backends.triton import tiles
 from adalora_kernels.backends.triton.backward.frozen import frozen_gradients, has_low_rank
 from adalora_kernels.backends.triton.backward.gemm import multiply
 from adalora_kernels.backends.triton.backward.slab_sums import finish
+from adalora_kernels.reference.handover import LayerImportance
 from adalora_kernels.reference.svd_linear import Adapter
 
 
@@ -27,12 +28,14 @@ def backward(
     weight: Tensor,
     adapter: Adapter,
     needs: tuple[bool, bool, bool, bool],
+    importance: LayerImportance | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As ``reference.svd_linear.backward`` with a weight and with dx asked for; the rest only where ``needs`` says so.
 
     Args:
         grad_y: g [M, N], any strides, fp32, fp16 or bf16 (the others likewise, each on its own).
         u: [M, ≥R], any strides.
+        importance: of this layer, to be updated where its gradients are finished (``slab_sums``).
         The others as in the reference.
 
     Returns:
@@ -44,7 +47,7 @@ def backward(
     rank_padded = tiles.rank_padding(adapter.lora_A.shape[0])
     v = torch.empty((x.shape[0], rank_padded), dtype=adapter.compute_dtype, device=x.device)
     made = multiply(grad_y, x, u if need_E or need_B else None, weight, adapter, v, make_v=True, with_da=need_A)
-    return made.dx, *finish(made.t, made.da, adapter, needs)
+    return made.dx, *finish(made.t, made.da, adapter, needs, importance)
 
 
 __all__ = ["backward"]

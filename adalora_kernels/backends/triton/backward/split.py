@@ -19,6 +19,7 @@ from adalora_kernels.backends.triton.backward.g_pass import pass_over_g
 from adalora_kernels.backends.triton.backward.gemm import multiply
 from adalora_kernels.backends.triton.backward.slab_sums import finish
 from adalora_kernels.backends.triton.backward.x_pass import pass_over_x
+from adalora_kernels.reference.handover import LayerImportance
 from adalora_kernels.reference.svd_linear import Adapter
 
 
@@ -29,12 +30,14 @@ def backward(
     weight: Tensor | None,
     adapter: Adapter,
     needs: tuple[bool, bool, bool, bool],
+    importance: LayerImportance | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As ``reference.svd_linear.backward``; only what ``needs`` asks for is computed.
 
     Args:
         grad_y: g [M, N], any strides, fp32, fp16 or bf16 (the others likewise, each on its own).
         u: [M, ≥R], any strides.
+        importance: of this layer, to be updated where its gradients are finished (``slab_sums``).
         The others as in the reference.
 
     Returns:
@@ -52,7 +55,7 @@ def backward(
         if need_x or need_A:
             low_rank, da = pass_over_x(x, v, None, adapter, need_x, need_A)
             dx = low_rank if dx is None else dx
-    return dx, *finish(t, da, adapter, needs)
+    return dx, *finish(t, da, adapter, needs, importance)
 
 
 __all__ = ["backward"]

@@ -55,6 +55,15 @@ def _adamw(theta, g, moment_ptrs, square_ptrs, mask, constants):
 
 
 @triton.jit
+def averaged(theta, g, average, uncertainty, smoothing):
+    """The new Ī and Ū."""
+    beta1, rest1, beta2, rest2 = smoothing
+    sensitivity = tl.abs(theta * g)
+    average = beta1 * average + rest1 * sensitivity
+    return average, beta2 * uncertainty + rest2 * tl.abs(sensitivity - average)
+
+
+@triton.jit
 def update(
     param,
     grad,
@@ -88,12 +97,9 @@ def update(
             theta = as_stored(param, after)
     if IMPORTANCE:
         average_ptr, uncertainty_ptr, new_average_ptr, new_uncertainty_ptr = averages
-        beta1, rest1, beta2, rest2 = smoothing
         average = tl.load(average_ptr + at, mask=inside, other=0.0)
         uncertainty = tl.load(uncertainty_ptr + at, mask=inside, other=0.0)
-        sensitivity = tl.abs(theta * g)
-        new_average = beta1 * average + rest1 * sensitivity
-        new_uncertainty = beta2 * uncertainty + rest2 * tl.abs(sensitivity - new_average)
+        new_average, new_uncertainty = averaged(theta, g, average, uncertainty, smoothing)
         average = tl.where(given, new_average, average)
         uncertainty = tl.where(given, new_uncertainty, uncertainty)
         tl.store(new_average_ptr + at, average, mask=inside)
@@ -102,4 +108,4 @@ def update(
     return s
 
 
-__all__ = ["adamw_constants", "update"]
+__all__ = ["adamw_constants", "averaged", "update"]

@@ -11,6 +11,7 @@ from torch import Tensor
 from adalora_kernels.backends.triton.engine.sweep import sweep
 from adalora_kernels.backends.triton.engine.tables import check, words_of
 from adalora_kernels.reference.adamw import Importance
+from adalora_kernels.reference.handover import Handover, new_handover
 from adalora_kernels.reference.importance import TripletLayout
 
 
@@ -23,10 +24,16 @@ def importance_update(
     scores: Tensor,
     beta1: float,
     beta2: float,
+    handed_over: tuple[Handover, list[bool]] | None = None,
 ) -> Tensor:
     """One step of the averages of all layers in one launch; see ``reference.importance.importance_update``.
 
     Bitwise repeatable. Parameters and gradients that aren't contiguous are copied.
+
+    Args:
+        handed_over: what backwards have left, and of which of the 3n gradients it is, as far as the host knows. These
+            are contiguous.
+        The others as in the reference.
 
     Raises:
         ValueError: where a shape or a device is not the layout's or the state's. Nothing changes.
@@ -37,7 +44,7 @@ def importance_update(
     shapes = shapes_of(layout)
     param_words, held_params = words_of("params", params, shapes, state.device)
     grad_words, held_grads = words_of("grads", grads, shapes, state.device)
-    taken = sweep(layout, param_words, grad_words, state.device, importance, None)
+    taken = sweep(layout, param_words, grad_words, state.device, importance, None, handed_over)
     del held_params, held_grads
     return taken
 
@@ -55,4 +62,4 @@ def shapes_of(layout: TripletLayout) -> list[tuple[int, int]]:
     return [shape for r, k, n in layout.shapes for shape in ((r, k), (r, 1), (n, r))]
 
 
-__all__ = ["check_importance", "importance_update", "shapes_of"]
+__all__ = ["check_importance", "importance_update", "new_handover", "shapes_of"]

@@ -13,9 +13,10 @@ import triton
 from torch import Tensor
 
 from adalora_kernels.backends.triton.engine.tables import bits_of
+from adalora_kernels.reference.handover import sum_offsets
 from adalora_kernels.reference.importance import TripletLayout
 
-LAYER_ROW = 9  # R, K, N, first element, first triplet, first sum, items, bits of 1/K and 1/N
+LAYER_ROW = 10  # R, K, N, first element, first triplet, first sum, items, bits of 1/K and 1/N, first sum handed over
 ITEM_ROW = 4  # layer, part (0 is A, 1 is E, 2 is B), first triplet, first position
 A_ROWS = 4  # triplets that an item of A takes
 _ELEMENTS = 8192  # that an item has at most
@@ -59,6 +60,7 @@ def items_of(layout: TripletLayout, device: torch.device) -> Items:
     layers: list[int] = []
     items: list[int] = []
     sums = 0
+    handed_over = sum_offsets(layout)
     for layer, (r, k, n) in enumerate(shapes):
         begin = len(items)
         for part, length, rows, step in ((0, k, A_ROWS, cut.piece), (1, 1, block_r, 1), (2, n, block_r, cut.slab)):
@@ -78,6 +80,7 @@ def items_of(layout: TripletLayout, device: torch.device) -> Items:
             count,
             bits_of(1 / k),
             bits_of(1 / n),
+            handed_over[layer],
         )
         sums += r * (-(-k // cut.piece) + 1 + -(-n // cut.slab))
     table = torch.tensor(layers + items, dtype=torch.int64).to(device)

@@ -10,6 +10,10 @@ A program takes an item: some triplets of one of a layer's parameters, and a ran
 s for each. The last program of a layer adds them up in a fixed order, the last of all commits the scores and turns to
 the new half if every s was finite. No float is added atomically and no product contracted, so results are bitwise
 repeatable and follow the CPU's to rounding.
+
+Where backwards have updated importance already (``handed_over``), the items of a parameter whose gradient has stayed
+what it was sum up what is left of it and touch no element; those of the others do as ever, from the half that is still
+current.
 """
 
 # mypy: allow-untyped-defs
@@ -23,18 +27,20 @@ import triton.language as tl
 from torch import Tensor
 
 from adalora_kernels.backends.triton.engine.elements import adamw_constants, update
+from adalora_kernels.backends.triton.engine.handed_over import is_as_seen, take_sums
 from adalora_kernels.backends.triton.engine.items import A_ROWS, ITEM_ROW, LAYER_ROW, items_of
 from adalora_kernels.backends.triton.engine.operands import advanced
+from adalora_kernels.backends.triton.engine.scores import commit, score
 from adalora_kernels.backends.triton.engine.tables import are_aligned, on_device
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.tickets import arrives_last, workspace
 from adalora_kernels.reference.adamw import Importance
+from adalora_kernels.reference.handover import POSITIONS, PROBES, Handover
 from adalora_kernels.reference.importance import TripletLayout
 
 _TILE = {True: 1024, False: 512}  # elements in flight at a time in a program, by whether they are loaded in fours
 _LAYER_ROW = tl.constexpr(LAYER_ROW)
 _ITEM_ROW = tl.constexpr(ITEM_ROW)
-_SUMS = tl.constexpr(512)  # of a layer, in flight at a time
 _INFINITY = tl.constexpr(0x7F800000)  # its bits in fp32; those of NaN are above
 
 
@@ -111,42 +117,6 @@ def _sweep_item(
 
 
 @triton.jit
-def _total(sums_ptr, slots, i, R, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The sums [slots, R] of the triplets i over their slots, fp64 [BLOCK_R]."""
-    slot = tl.arange(0, BLOCK_S)
-    total = tl.zeros((BLOCK_R,), tl.float64)
-    for first in range(0, slots, BLOCK_S):
-        at = (first + slot)[:, None] * R + i[None, :]
-        inside = (first + slot < slots)[:, None] & (i < R)[None, :]
-        total += tl.sum(tl.load(sums_ptr + at, mask=inside, other=0.0).to(tl.float64), axis=0)
-    return total
-
-
-@triton.jit
-def _score(sums_ptr, scores_ptr, R, inverse_k, inverse_n, slots_a, slots_b, BLOCK_R: tl.constexpr):
-    """S of a layer's triplets, from the sums that its items left: [slots_a, R] of A, [R] of E, [slots_b, R] of B."""
-    for first in range(0, R, BLOCK_R):
-        i = first + tl.arange(0, BLOCK_R)
-        a = _total(sums_ptr, slots_a, i, R, _SUMS // BLOCK_R, BLOCK_R)
-        e = tl.load(sums_ptr + slots_a * R + i, mask=i < R, other=0.0).to(tl.float64)
-        b = _total(sums_ptr + (slots_a + 1) * R, slots_b, i, R, _SUMS // BLOCK_R, BLOCK_R)
-        score = e + (a * inverse_k + b * inverse_n)
-        tl.store(scores_ptr + i, score.to(tl.float32), mask=i < R)
-
-
-@triton.jit
-def _commit(overflow_ptr, half_ptr, scores_ptr, pending_ptr, total_rank, taken_ptr):
-    """Take the new half and scores unless some s was not finite, and say so."""
-    finite = tl.atomic_xchg(overflow_ptr, 0, sem="relaxed") == 0
-    if finite:
-        for first in range(0, total_rank, 1024):
-            i = first + tl.arange(0, 1024)
-            tl.store(scores_ptr + i, tl.load(pending_ptr + i, mask=i < total_rank), mask=i < total_rank)
-        tl.store(half_ptr, 1 - tl.load(half_ptr))
-    tl.store(taken_ptr, finite)
-
-
-@triton.jit
 def _count_step(grads_ptr, steps_ptr, R):
     """One more step of those of a layer's parameters that have a gradient."""
     part = tl.arange(0, 4)
@@ -178,6 +148,9 @@ def _sweep_kernel(
     sums_ptr,
     taken_ptr,
     workspace_ptr,
+    left_sums_ptr,
+    probes_ptr,
+    redone_ptr,
     elements,
     total_rank,
     layers,
@@ -188,6 +161,7 @@ def _sweep_kernel(
     ADAMW: tl.constexpr,
     IMPORTANCE: tl.constexpr,
     PRE_STEP: tl.constexpr,
+    HANDED_OVER: tl.constexpr,
     ALIGNED: tl.constexpr,
     A_ROWS: tl.constexpr,
     A_COLUMNS: tl.constexpr,
@@ -195,8 +169,11 @@ def _sweep_kernel(
     BLOCK_R: tl.constexpr,
     B_ROWS: tl.constexpr,
     SLAB: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    PROBES: tl.constexpr,
 ):
-    """``words``: of all parameters, then of all gradients. ``settings``: bits of fp64. ``workspace``: the ticket of all
+    """``words``: of all parameters, then of all gradients; where there is a handover, then whether the host knows of no
+    write to each gradient since. ``settings``: bits of fp64. ``workspace``: the ticket of all
     layers, whether any s was not finite, and a ticket for each layer."""
     item_ptr = items_ptr + tl.program_id(0) * _ITEM_ROW
     layer = tl.load(item_ptr)
@@ -225,6 +202,12 @@ def _sweep_kernel(
     param = advanced(tl.load(words_ptr + tensor), begin)
     grad = tl.load(words_ptr + 3 * layers + tensor)
     has_grad = grad != 0
+    if HANDED_OVER:
+        known = tl.load(words_ptr + 6 * layers + tensor) != 0
+        as_seen = is_as_seen(grad, known, probes_ptr + tensor * PROBES, part, R, K, N, PROBES)
+        tl.store(redone_ptr + tensor, (known & ~as_seen).to(tl.int32))
+    else:
+        as_seen: tl.constexpr = False  # type: ignore[no-redef]
     grad = advanced(grad, begin)
     moments = None
     averages = None
@@ -251,7 +234,21 @@ def _sweep_kernel(
     left = (length - position).to(tl.int32)
     if ALIGNED:
         triplets = tl.multiple_of(triplets, 4)
-    if part == 0:
+    if as_seen:
+        slot_of_part = tl.where(part == 0, 0, tl.cdiv(K, POSITIONS) + tl.where(part == 1, 0, 1))
+        left_ptr = left_sums_ptr + tl.load(layer_ptr + 9) + (slot_of_part + position // POSITIONS) * R + triplet
+        slots = tl.cdiv(left, POSITIONS)
+        if part == 0:
+            take_sums(
+                left_ptr, min(slots, PIECE // POSITIONS), R, triplets, sum_ptr, workspace_ptr + 1,
+                PIECE // POSITIONS, A_ROWS,
+            )  # fmt: skip
+        else:
+            take_sums(
+                left_ptr, min(slots, SLAB // POSITIONS), R, triplets, sum_ptr, workspace_ptr + 1,
+                SLAB // POSITIONS, BLOCK_R,
+            )  # fmt: skip
+    elif part == 0:
         positions = min(left, PIECE)
         if ALIGNED:
             positions = tl.multiple_of(positions, 4)
@@ -271,10 +268,10 @@ def _sweep_kernel(
         if IMPORTANCE:
             inverse_k = tl.load(layer_ptr + 7).to(tl.float64, bitcast=True)
             inverse_n = tl.load(layer_ptr + 8).to(tl.float64, bitcast=True)
-            _score(sums_ptr, pending_ptr + first_triplet, R, inverse_k, inverse_n, slots_a, slots_b, BLOCK_R)
+            score(sums_ptr, pending_ptr + first_triplet, R, inverse_k, inverse_n, slots_a, slots_b, BLOCK_R)
         if arrives_last(workspace_ptr, layers):
             if IMPORTANCE:
-                _commit(workspace_ptr + 1, half_ptr, scores_ptr, pending_ptr, total_rank, taken_ptr)
+                commit(workspace_ptr + 1, half_ptr, scores_ptr, pending_ptr, total_rank, taken_ptr)
             else:
                 tl.store(taken_ptr, True)
 
@@ -286,6 +283,7 @@ def sweep(
     device: torch.device,
     importance: Importance | None,
     optimizer: Optimizer | None,
+    handed_over: tuple[Handover, list[bool]] | None = None,
 ) -> Tensor:
     """Launch it over checked tensors.
 
@@ -295,6 +293,8 @@ def sweep(
         device: of all of them.
         importance: what to update of the averages, all fp32; None for nothing.
         optimizer: of AdamW; None for importance alone.
+        handed_over: what backwards have left, and of which gradients it is as far as the host knows; with importance
+            alone.
 
     Returns:
         bool [1]: whether every new s was finite, that is, whether the averages' update was taken.
@@ -302,12 +302,13 @@ def sweep(
     items = items_of(layout, device)
     layers = len(layout.shapes)
     settings = None if optimizer is None else optimizer.settings
-    numbers = params + grads
+    left, known = ((None, None, None), []) if handed_over is None else handed_over
+    numbers = params + grads + [int(k) for k in known]
     if isinstance(settings, list):
         words = on_device(("sweep", layout), numbers + settings, device)
         settings = words[len(numbers) :]
     else:
-        words = on_device(("sweep", layout), numbers, device)
+        words = on_device(("sweep", layout, bool(known)), numbers, device)
         settings = None if settings is None else settings.view(torch.int64)
     state, half, scores, beta1, beta2, pre_step = importance or (None, None, None, 0.0, 0.0, False)
     moments, steps, groups, scale = (None,) * 4 if optimizer is None else optimizer[:4]
@@ -337,6 +338,7 @@ def sweep(
         sums,
         taken,
         workspace(device, 1 + layers),
+        *left,
         layout.total_elements,
         layout.total_rank,
         layers,
@@ -347,6 +349,7 @@ def sweep(
         ADAMW=optimizer is not None,
         IMPORTANCE=importance is not None,
         PRE_STEP=bool(pre_step),
+        HANDED_OVER=handed_over is not None,
         ALIGNED=fours,
         A_ROWS=A_ROWS,
         A_COLUMNS=tile // A_ROWS,
@@ -354,6 +357,8 @@ def sweep(
         BLOCK_R=items.block_r,
         B_ROWS=tile // items.block_r,
         SLAB=items.slab,
+        POSITIONS=POSITIONS,
+        PROBES=PROBES,
         num_warps=4,
         num_stages=1,
         enable_fp_fusion=False,
