@@ -4,7 +4,7 @@ A file is {"environment": ..., "records": [...]}; one that several processes hav
 record the number of its own. A record has
 
     benchmark   what was measured
-    case        what it was measured on: names and numbers
+    case        what it was measured on: names, numbers and lists of them
     milliseconds or microseconds, by contestant: {"median", "p20", "p80"}, where something was timed
     noise       how far the same contestant, timed twice, is from itself: the median of the ratios within rounds, less 1
     rounds      timed rounds
@@ -43,8 +43,9 @@ def _record_complaints(record: Any, environments: int) -> Iterator[str]:
         yield "expected a mapping with benchmark and case"
         return
     for name, value in record["case"].items():
-        if not isinstance(value, str | int | float | bool | None):
-            yield f"case[{name!r}]: expected a name or a number, got {value!r:.40}"
+        parts = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(part, str | int | float | bool | None) for part in parts):
+            yield f"case[{name!r}]: expected a name, a number or a list of them, got {value!r:.40}"
     for unit in TIMES:
         for contestant, times in record.get(unit, {}).items():
             if set(times) != QUANTILES or not all(math.isfinite(t) for t in times.values()):

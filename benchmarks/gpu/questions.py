@@ -58,6 +58,7 @@ def ceilings(machine: Machine) -> dict[str, Any]:
     best = {name: Sample.of(values).median for name, values in seconds.items()}
     return {
         "benchmark": "ceilings",
+        "case": {"side": side, "dtype": "bfloat16", "bytes": source.numel()},
         "teraflops": 2 * side**3 / best["product"] / 1e12,
         "terabytes_per_second": 2 * source.numel() / best["copy"] / 1e12,
     }
@@ -129,7 +130,9 @@ def launches(machine: Machine) -> dict[str, Any]:
     scaled = {name: [1e6 * s / calls for s in values] for name, values in seconds.items()}
     return {
         "benchmark": "host time of a launch",
+        "case": {"arguments": len(args), "calls": calls},
         "microseconds": {name: vars(Sample.of(values)) for name, values in scaled.items()},
+        "rounds": machine.rounds,
     }
 
 

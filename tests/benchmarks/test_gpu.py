@@ -18,6 +18,7 @@ from benchmarks.gpu import checks, graphed, layers, rows
 from benchmarks.gpu.layers import Case
 from benchmarks.gpu.machine import Machine
 from benchmarks.records import Sweep, complaints
+from benchmarks.report import page
 from benchmarks.step import names
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +36,7 @@ def test_core(tmp_path: Path) -> None:
     done = harness("--dry", "--results", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "dry.json").read_text())
+    assert list(complaints(content)) == []
     assert content["environment"]["dry"] and content["left_out"] == []
     assert content["checks_held"] >= 4 and {check["outcome"] for check in content["checks"]} == {"skipped"}
     assert {record["direction"] for record in content["records"]} == {"forward", "forward + backward"}
@@ -56,10 +58,13 @@ def test_parts(tmp_path: Path) -> None:
     assert "layer forward" in done.stdout and "layer" not in harness(*share).stdout
     done = harness("--dry", "--part", "questions", "--results", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    asked = {record["benchmark"] for record in json.loads((tmp_path / "dry-questions.json").read_text())["records"]}
+    content = json.loads((tmp_path / "dry-questions.json").read_text())
+    asked = {record["benchmark"] for record in content["records"]}
     assert asked == {
         "ceilings", "host time of a launch", "plain product", "accumulation", "backward passes", "group"
     }  # fmt: skip
+    text = page.write(tmp_path, tmp_path / "page").read_text(encoding="utf-8")
+    assert "Left out" not in text and "Backward passes" in text and "Host time of a launch" in text
 
 
 def test_whole_steps(tmp_path: Path) -> None:
