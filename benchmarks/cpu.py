@@ -19,7 +19,7 @@ import torch
 from packaging.version import Version
 
 from benchmarks.bounds import ENGINE, misses
-from benchmarks.environment import commit
+from benchmarks.environment import commit, processor
 from benchmarks.micro import budget_engine, fused_importance, growth, layer, scaling
 from benchmarks.records import write
 from benchmarks.step import models
@@ -37,13 +37,6 @@ ABSENT = {
     "Liger": "its kernels are Triton's, for a GPU, and none of them is a LoRA layer",
     "LoRAFusion": "its kernels are Triton's, for a GPU",
 }
-
-
-def processor() -> str:
-    """The CPU's name, as far as the system tells."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def environment() -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The commit that a record was made from."""
+"""What a record was made from and on: the commit, and the processor."""
 
 from __future__ import annotations
 
+import platform
 import subprocess
 from pathlib import Path
 
@@ -18,4 +19,11 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-__all__ = ["commit"]
+def processor() -> str:
+    """The CPU's name, as far as the system tells."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+__all__ = ["commit", "processor"]

@@ -18,6 +18,7 @@ _COMMANDS = (
     (r"cpu", MAKE_BENCH),
     (r"counts", "python -m benchmarks.step.counts"),
     (r"stand-ins|cost", "make paper"),
+    (r"teacher", "python -m benchmarks.paper.teacher run"),
     (r".*-sweep", "make gpu PART=i/n"),
     (r".*-steps", "make gpu PART=steps"),
     (r".*-questions", "make gpu PART=questions"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.report import page, verdicts
+from benchmarks.report.__main__ import RESULTS
 from benchmarks.report.draw import Axes, Bar, Group, bars
 from benchmarks.report.sources import read_folder
 from benchmarks.report.verdicts import HELD, MISSED, OPEN
@@ -131,6 +132,12 @@ def test_misses_and_open_rows_are_told(written: Path) -> None:
     text = (written / "index.html").read_text(encoding="utf-8")
     assert len(re.findall(r'class="state open"', text)) == len(verdicts.TARGETS) + 1
     assert "Every bound of make bench holds." in text
+
+
+def test_no_committed_file_is_left_out() -> None:
+    sources, left_out = read_folder(RESULTS)
+    assert left_out == {} and {"cpu.json", "teacher.json"} <= {source.file for source in sources}
+    assert not any("does not name" in origin.command for source in sources for origin in source.origins)
 
 
 def test_equal_records_give_equal_pages(written: Path, tmp_path: Path) -> None:

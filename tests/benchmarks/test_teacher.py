@@ -22,13 +22,14 @@ from benchmarks.paper.teacher.records import Log, Results, load, merged, read_lo
 from benchmarks.paper.teacher.runner import PARTS, run_all, tuned_rate
 from benchmarks.paper.teacher.summary import verdicts
 from benchmarks.paper.teacher.tables import table
+from benchmarks.records import complaints
 
 TINY = Protocol(
     width=12, true_ranks=(0, 1, 2, 5), initial_rank=5, steps=10, batch=16, training=128, held_out=64, scales=(0.1, 1.0),
     budgets=(0.5, 1.0), rates=(0.03, 0.1), tuning_seeds=(1,), seeds=(10, 11), gammas=(0.1,), others=(AdaLora(alpha=6),),
     must_win=2, may_win=0,
 )  # fmt: skip
-ABOUT = {"commit": "c", "torch": "2"}
+ABOUT = {"device": "a CPU", "commit": "c", "python": "3", "torch": "2"}
 ADALORA = Setting("adalora", "varied", 1.0, AdaLora())
 
 
@@ -73,6 +74,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     capsys.readouterr()
     status = command.main(["table", "--results", str(tmp_path)])
     kept = load(tmp_path / "teacher.json")
+    assert list(complaints(json.loads((tmp_path / "teacher.json").read_text()))) == []
     assert status == int(any(held is False for _, held in verdicts(kept)))
     assert capsys.readouterr().out == (tmp_path / "teacher.md").read_text() == table(kept) + "\n"
     for name in ("teacher-ranks.png", "teacher-border.png"):
@@ -182,9 +184,10 @@ def test_compact_file_keeps_the_runs(tmp_path: Path) -> None:
     assert table(kept) == table(results)
     data = json.loads((tmp_path / "teacher.json").read_text())
     assert data["protocol"] == json.loads(json.dumps(asdict(TINY)))
-    tuned = [row for row in data["runs"] if row["seed"] in TINY.tuning_seeds]
+    assert list(complaints(data)) == []
+    tuned = [row for row in data["records"] if row["case"]["seed"] in TINY.tuning_seeds]
     assert tuned and all("ranks" not in row for row in tuned)
-    data["runs"][0].pop("rate")
+    data["records"][0]["case"].pop("rate")
     (tmp_path / "teacher.json").write_text(json.dumps(data))
     with pytest.raises(ValueError, match="results: expected runs in"):
         load(tmp_path / "teacher.json")

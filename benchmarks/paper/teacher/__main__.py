@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import commit
+from benchmarks.environment import commit, processor
 from benchmarks.paper.teacher.protocol import Protocol
 from benchmarks.paper.teacher.records import Log, load, merged, read_log, save
 from benchmarks.paper.teacher.runner import PARTS, run_all
@@ -32,7 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def environment() -> dict[str, Any]:
     """What the results may depend on."""
     versions = {name: version(name) for name in ("torch", "adalora-kernels")}
-    return {"commit": commit(), "python": platform.python_version(), "machine": platform.machine(), **versions}
+    return {"device": processor(), "commit": commit(), "python": platform.python_version(), **versions}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks.paper.teacher.protocol import AdaLora, Protocol, Run, Setting
 
 Result = dict[str, Any]
+BENCHMARK = "ranks of a teacher"
 
 
 @dataclass
@@ -145,19 +146,22 @@ def merged(parts: Sequence[Results]) -> Results:
 
 
 def save(path: Path, results: Results) -> None:
-    """Write the compact file in one go: each setting once, one line a run, four digits; of tuning the losses alone."""
+    """Write the compact file in one go: each setting once, one line a run, four digits; of tuning the losses alone.
+
+    Its runs are records of the benchmarks' schema, whose cases name a setting by its number.
+    """
     settings = list(dict.fromkeys(run.setting for run in results.runs))
     rows = []
     for run, result in results.runs.items():
         kept = ("loss", "environment") if run.seed in results.protocol.tuning_seeds else tuple(result)
         told = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items() if k in kept}
-        at = {"setting": settings.index(run.setting), "budget": run.budget, "rate": run.rate, "seed": run.seed}
-        rows.append(json.dumps(at | told, separators=(",", ":")))
+        case = {"setting": settings.index(run.setting), "budget": run.budget, "rate": run.rate, "seed": run.seed}
+        rows.append(json.dumps({"benchmark": BENCHMARK, "case": case} | told, separators=(",", ":")))
     head = {"protocol": asdict(results.protocol), "environments": results.environments}
     text = json.dumps(head | {"settings": [asdict(setting) for setting in settings]}, indent=1)
     unfinished = path.with_suffix(".unfinished")
     runs = ",\n".join(rows)
-    unfinished.write_text(f'{text[:-2]},\n "runs": [\n{runs}\n ]\n}}\n', encoding="utf-8")
+    unfinished.write_text(f'{text[:-2]},\n "records": [\n{runs}\n ]\n}}\n', encoding="utf-8")
     unfinished.replace(path)
 
 
@@ -171,9 +175,10 @@ def load(path: Path) -> Results:
         data = json.loads(path.read_text(encoding="utf-8"))
         settings = [_setting(setting) for setting in data["settings"]]
         results = Results(_protocol(data["protocol"]), data["environments"])
-        for row in data["runs"]:
-            about = {name: row.pop(name) for name in ("setting", "budget", "rate", "seed")}
-            results.runs[Run(**{**about, "setting": settings[about["setting"]]})] = row
+        for row in data["records"]:
+            case = row.pop("case")
+            del row["benchmark"]
+            results.runs[Run(**{**case, "setting": settings[case["setting"]]})] = row
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"results: expected runs in {path}, got {type(error).__name__}: {error}") from error
     return results
