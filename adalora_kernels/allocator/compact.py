@@ -32,12 +32,17 @@ def refuse_wrapped(model: nn.Module, triplets: Sequence[Triplet]) -> None:
     before = "compact() comes before the model is wrapped"
     for t in triplets:
         for p, name in zip(t.parameters, t.parameter_names, strict=True):
-            if type(p) is not nn.Parameter or hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"):
+            if is_laid_out(p):
                 raise ValueError(f"model: expected plain parameters, but {name} is sharded or partitioned; {before}")
             if p._backward_hooks or p._post_accumulate_grad_hooks:
                 raise ValueError(f"model: expected parameters without hooks, but {name} has some; {before}")
     if data_parallel_wrapper(p for t in triplets for p in t.parameters) is not None:
         raise ValueError(f"model: expected no DistributedDataParallel around it; {before}")
+
+
+def is_laid_out(p: Tensor) -> bool:
+    """Whether FSDP2 or ZeRO-3 has sharded the parameter, or DeepSpeed's master weights count in its place."""
+    return type(p) is not nn.Parameter or hasattr(p, "ds_id") or hasattr(p, "_hp_mapping")
 
 
 def data_parallel_wrapper(parameters: Iterable[Tensor]) -> DistributedDataParallel | None:
@@ -131,4 +136,4 @@ def set_rank(layer: nn.Module, adapter: str, rank: int) -> None:
         noted[adapter] = rank
 
 
-__all__ = ["Rows", "check_carriable", "exchange_data", "refuse_wrapped", "set_rank", "shrink", "spread"]
+__all__ = ["Rows", "check_carriable", "exchange_data", "is_laid_out", "refuse_wrapped", "set_rank", "shrink", "spread"]

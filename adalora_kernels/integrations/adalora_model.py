@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from adalora_kernels.allocator import find_triplets
+from adalora_kernels.allocator.compact import is_laid_out
 from adalora_kernels.allocator.orthogonality import loss_of_devices
 from adalora_kernels.allocator.triplets import Slot
 from adalora_kernels.allocator.watch import unwatch, watch
@@ -27,7 +28,7 @@ from adalora_kernels.integrations.load_adapter import follow_load_adapter
 from adalora_kernels.integrations.rank_pattern import Pattern, by_layer, gather, path_key, return_averages
 from adalora_kernels.integrations.siblings import link_siblings
 from adalora_kernels.integrations.tuner_allocator import TunerAllocator
-from adalora_kernels.ops.shards import are_gathered
+from adalora_kernels.ops.shards import are_gathered, are_sharded
 
 
 @dataclass
@@ -43,7 +44,7 @@ class FusedState:
         allocator: None before the first step.
         bound: whether the allocator was made for the layers as they are now.
         kept: for each adapter and layer that was loaded without its dead rows, which rows were loaded.
-        term_due: whether an optimizer step has ended since the term was last added.
+        term_due: whether an optimizer step was made since the term was last added.
         term_used: whether the term was ever asked for.
         term_missed: whether a training forward returned no loss that could hold it.
     """
@@ -134,9 +135,14 @@ class FusedAdaLoraModel(AdaLoraModel):
 
     def _starts_a_step(self) -> bool:
         """Whether no gradient was accumulated since the last optimizer step, as far as can be seen from here."""
+        if self.fused_state.term_due:
+            return True
         trained = self.trained_adapter()
-        name = "" if trained is None else trained[0]
-        return self.fused_state.term_due or all(a.grad is None for a in self._factors(name)[0])
+        lora_A, _ = self._factors("" if trained is None else trained[0])
+        if any(a.grad is not None for a in lora_A):
+            return False
+        # Engines take gradients away as soon as they are there.
+        return not (any(map(is_laid_out, lora_A)) or are_gathered(self.adalora_layers().values()))
 
     def update_and_allocate(self, global_step: int) -> None:
         """PEFT's entry point: call it after ``optimizer.step()`` and before ``zero_grad()``.
@@ -247,9 +253,14 @@ class FusedAdaLoraModel(AdaLoraModel):
         return model
 
     def resize_modules_by_rank_pattern(self, rank_pattern: dict[str, Any], adapter_name: str) -> None:
-        """As PEFT's, with the layer found by its exact name and its dtype and factor c unchanged."""
+        """As PEFT's, with the layer found by its exact name and its dtype and factor c unchanged.
+
+        Sharded layers stay whole, since so do the checkpoints that FSDP2 makes of them by itself.
+        """
         layers = self.adalora_layers()
         pattern = by_layer(rank_pattern, layers, adapter_name)
+        if are_sharded([layers[path].lora_E[adapter_name] for path in pattern]):
+            return
         before = {}
         for path, row in pattern.items():
             layer = layers[path]
@@ -274,10 +285,15 @@ class FusedAdaLoraModel(AdaLoraModel):
     def resize_state_dict_by_rank_pattern(
         self, rank_pattern: dict[str, Any], state_dict: dict[str, Tensor], adapter_name: str
     ) -> dict[str, Tensor]:
-        """As PEFT's, with the layer found by its exact name, also where only its live rows were loaded."""
+        """As PEFT's, with the layer found by its exact name, also where only its live rows were loaded.
+
+        Shards stay what they are: accelerate asks for them where FSDP2's own checkpoint is to hold the parameters.
+        """
         pattern = by_layer(rank_pattern, self.adalora_layers(), adapter_name)
         # PEFT has just put its own spelling there, which is broken where a path contains the adapter's name.
         self.peft_config[adapter_name].rank_pattern = {f"{path}.lora_E": row for path, row in pattern.items()}
+        if are_sharded(state_dict.values()):
+            return state_dict
         kept = self.fused_state.kept.get(adapter_name, {})
         present = {path_key(path, adapter_name): gather(row, kept.get(path)) for path, row in pattern.items()}
         resized: dict[str, Tensor] = super().resize_state_dict_by_rank_pattern(present, state_dict, adapter_name)

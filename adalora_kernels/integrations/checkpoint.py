@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adalora_kernels.allocator import RankAllocator, Triplet
-from adalora_kernels.allocator.compact import exchange_data, refuse_wrapped, set_rank
+from adalora_kernels.allocator.compact import exchange_data, is_laid_out, refuse_wrapped, set_rank
 from adalora_kernels.allocator.placement import state_of
 from adalora_kernels.allocator.saved import TENSORS, check_saved_allocator, check_saved_rows
 
@@ -276,11 +276,7 @@ def _put(allocator: RankAllocator, factors: Sequence[tuple[Tensor, Tensor, Tenso
 
 def held_by_an_engine(allocator: RankAllocator) -> bool:
     """Whether the parameters are sharded, or copies of DeepSpeed's master weights: checkpoints of those are its own."""
-    return any(
-        type(p) is not nn.Parameter or hasattr(p, "ds_id") or hasattr(p, "_hp_mapping")
-        for t in allocator.triplets
-        for p in t.parameters
-    )
+    return any(is_laid_out(p) for t in allocator.triplets for p in t.parameters)
 
 
 def _subfolder(allocator: RankAllocator) -> str:

@@ -85,13 +85,18 @@ class TunerAllocator(RankAllocator):
     def begin(self, step: int | None = None, params: Sequence[Tensor] | None = None) -> Turn:
         """As ``RankAllocator``'s, on the config's present schedule."""
         self.follow_config()
+        self.tuner.fused_state.term_due = True  # also where the step is skipped for an overflow
         return super().begin(step, params)
+
+    def expect(self, step: int) -> None:
+        """As ``RankAllocator``'s."""
+        self.tuner.fused_state.term_due = True
+        super().expect(step)
 
     def finish(self, turn: Turn, finite: Tensor | None) -> Tensor | None:
         """As ``RankAllocator``'s; where it ranked, the pattern goes to the config, which waits for the device."""
         threshold = super().finish(turn, finite)
         state = self.tuner.fused_state
-        state.term_due = True
         if threshold is not None:
             self._write_pattern()
         if self.config.orth_reg_weight > 0 and state.term_missed and not state.term_used:

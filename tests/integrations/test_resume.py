@@ -44,10 +44,12 @@ def _assert_ranks_agree(first: tuple[Any, list[Tensor]], second: tuple[Any, list
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    """DistributedDataParallel, where the main process writes, then DeepSpeed, whose engine steps in ``backward``."""
+    """DDP, where the main process writes; FSDP2; and DeepSpeed, whose engine steps in ``backward``."""
     from tests.integrations import trainer_jobs
 
     first, second = worlds.run(2, tmp_path / "world", trainer_jobs.resumed, tmp_path / "run", timeout=240.0)
     for ours, theirs in zip(first, second, strict=True):
         _assert_ranks_agree(ours, theirs)
-    assert len(first) == 1 + (find_spec("deepspeed") is not None)
+    assert len(first) == 3 + 2 * (find_spec("deepspeed") is not None)
+    for pattern, _ in first[1:]:  # every way shares the same sentences and adds up their gradients
+        assert pattern == first[0][0]

@@ -36,7 +36,8 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         control.should_save = state.global_step in self.saves
-        held = [p.detach().clone() for p in adapter_parameters(model).values()]
+        # ZeRO-3 leaves parameters empty beside this rank's share of them.
+        held = [getattr(p, "ds_tensor", p).detach().clone() for p in adapter_parameters(model).values()]
         importance = model.base_model.rank_allocator().importance
         self.after[state.global_step] = [*held, *importance.current(), importance.scores, importance.live.clone()]
         if state.global_step == self.kill_at:
