@@ -96,27 +96,46 @@ def shares_passes(
 
 
 def explain(x: Tensor, members: Sequence[Member], need_x: bool = True, plan: str | None = None) -> tuple[str, str, str]:
-    """Plan, configuration and reason of a group's call, forward/backward: "stack", or "one by one" as each explains.
+    """Plan, configuration and reason of a group's call, "forward/backward".
+
+    Each is "stack", or "one by one" with the layers' own plans, whose reason says why they share nothing. The
+    configuration has the tiles of all that is launched.
 
     Errors as in ``forward``.
     """
     found = _stacks(members)
     problems = tuple(problem_of(x, m.weight, m.adapter, need_x) for m in members)
-    names, tiles, reasons = [], [], []
-    for direction, kernel, pays in (
-        ("forward", "group_shrink", _forward_pays),
-        ("backward", "group_x", _backward_pays),
+    choices = [plans.choose(p, plan) for p in problems]
+    names, reasons, kernels = [], [], list[tuple[str, Problem]]()
+    for direction, known, stacked, beside, pays in (
+        ("forward", plans.FORWARD, "group_shrink", ("gemm",), _forward_pays),
+        ("backward", plans.BACKWARD, "group_x", ("g", "t", "v"), _backward_pays),
     ):
-        stacked = bool(found) and pays(_ranked(problems), len(found), plan)
-        names.append("stack" if stacked else "one by one")
-        if stacked:
-            tiles += [f"{kernel} {launched.tile(kernel, problems[0]._replace(rank=s.total))}" for s in found]
+        own = [getattr(choice, direction) for choice in choices]
+        if found and pays(_ranked(problems), len(found), plan):
+            names.append("stack")
             reasons.append(f"{direction}: {len(found)} passes over x for {sum(len(s.members) for s in found)} layers")
-        elif found:
-            reasons.append(f"{direction}: layers' own plans were asked for, or take less time by calculation")
+            kernels += [(stacked, problems[0]._replace(rank=s.total)) for s in found]
+            kernels += [(kernel, p) for p in problems for kernel in beside]
         else:
-            reasons.append(f"{direction}: no stack spares a pass (dropout, ranks, layouts or dtypes of A)")
-    return "/".join(names), "; ".join(tiles), "; ".join(reasons)
+            names.append(f"one by one: {', '.join(dict.fromkeys(own))}")
+            reasons.append(f"{direction}: {_apart(direction, found, own, plan)}")
+            kernels += [(kernel, p) for p, name in zip(problems, own, strict=True) for kernel in known[name].kernels]
+    if any(name != "stack" for name in names):
+        reasons += dict.fromkeys(f"a layer alone: {choice.reason}" for choice in choices)
+    tiles = (f"{kernel} {launched.tile(kernel, p)}" for kernel, p in kernels if launched.launches(kernel, p))
+    return "/".join(names), "; ".join(dict.fromkeys(tiles)) or plans.NO_TILES, "; ".join(reasons)
+
+
+def _apart(direction: str, found: Sequence[Stack], own: Sequence[str], plan: str | None) -> str:
+    """Why layers share nothing, in words; as ``_stacks`` and what pays decide."""
+    if not found:
+        return "no stack spares a pass, for dropout, ranks, layouts or dtypes of A"
+    if plan and plans.parse(plan)[direction == "backward"]:
+        return "the plan asked for has no form for groups"
+    if direction == "forward" and not all(name in _ON_GEMM for name in own):
+        return "the layers run on products of their own"
+    return "the layers' own plans take less time by calculation"
 
 
 def _stacks(members: Sequence[Member]) -> list[Stack]:

@@ -85,6 +85,9 @@ BACKWARD = {
 _DIRECTIONS = {"forward": FORWARD, "backward": BACKWARD}
 
 
+NO_TILES = "products of the BLAS alone"
+
+
 @cache
 def parse(plan: str) -> tuple[str | None, str | None]:
     """The names in "forward", "forward/backward" or "/backward"; None for what is left open.
@@ -153,7 +156,7 @@ def configuration(problem: Problem, choice: Choice) -> str:
     """The tiles that the plans' kernels are launched with, in words."""
     kernels = FORWARD[choice.forward].kernels + BACKWARD[choice.backward].kernels
     found = (f"{name} {tile(name, problem)}" for name in kernels if launches(name, problem))
-    return "; ".join(found) or "products of the BLAS alone"
+    return "; ".join(found) or NO_TILES
 
 
 @cache
@@ -164,4 +167,4 @@ def launcher(direction: str, name: str) -> Callable[..., Any]:
     return function
 
 
-__all__ = ["BACKWARD", "FORWARD", "Choice", "Plan", "choose", "configuration", "launcher", "parse", "tile"]
+__all__ = ["BACKWARD", "FORWARD", "NO_TILES", "Choice", "Plan", "choose", "configuration", "launcher", "parse", "tile"]
