@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.bart.modeling_bart import BartDecoder
 from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2ForSequenceClassification, DebertaV2Model
 
 from adalora_kernels.allocator.graphed import CudaGraph, Recorder, Run, record_step
@@ -127,10 +128,11 @@ def captured(system: System, sample: Batch, recorder: Recorder) -> Step:
 
 
 def without_waits(model: nn.Module) -> None:
-    """Spare DeBERTa-v2 what waits for the device in transformers.
+    """Spare DeBERTa-v2 and BART what waits for the device in transformers.
 
-    Without an attention mask it looks for padding, to lay out relative positions it copies a number from the host, and
-    without a problem type its loss looks for labels.
+    Without an attention mask both look for padding, BART in its decoder, where only a square one spares it that.
+    DeBERTa copies a number from the host to lay out relative positions, and without a problem type its loss looks for
+    labels.
     """
 
     def with_mask(model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -144,7 +146,16 @@ def without_waits(model: nn.Module) -> None:
             encoder.__dict__["kept_positions"] = encoder.get_rel_pos(args[0])
         return args, kwargs | {"relative_pos": encoder.__dict__["kept_positions"]}
 
+    def with_causal_mask(decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = args[0] if args else kwargs["input_ids"]
+        if "kept_mask" not in decoder.__dict__:
+            square = torch.ones(given.shape[1], given.shape[1], dtype=torch.bool, device=given.device)
+            decoder.__dict__["kept_mask"] = square.tril()[None, None]
+        return args, kwargs | {"attention_mask": decoder.__dict__["kept_mask"]}
+
     for module in model.modules():
+        if isinstance(module, BartDecoder):
+            module.register_forward_pre_hook(with_causal_mask, with_kwargs=True)
         if isinstance(module, DebertaV2ForSequenceClassification):
             module.config.problem_type = "single_label_classification"
         if isinstance(module, DebertaV2Model):

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import rows
 from benchmarks.step import graphed, measure, models, names, systems
+from benchmarks.step.rehearsal import Rehearsal
 
 TINY = [replace(model, rows=2, columns=8) for model in models.SMALL]
 
@@ -119,6 +120,19 @@ def test_deberta_as_captured_waits_for_no_device() -> None:
         return seen.count
 
     assert crossings(False) > 0 == crossings(True)
+
+
+def test_bart_as_captured_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    bart = TINY[1]
+
+    def capture() -> None:
+        (system,) = systems.systems(bart, 4, torch.float32, "cpu", names=(names.FROZEN,)).values()
+        graphed.captured(system, bart.batch("cpu", 0), Rehearsal())
+
+    capture()
+    monkeypatch.setattr(graphed, "without_waits", lambda model: None)
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        capture()
 
 
 def test_saved_bytes_count_each_storage_once() -> None:
