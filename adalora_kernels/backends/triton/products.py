@@ -1,4 +1,4 @@
-"""What forward and backward kernels share: the matrix product of tiles, rounding, and λ = c · E ⊙ mask."""
+"""What forward and backward kernels share: the product of tiles, steps from one to the next, rounding, and λ."""
 
 # mypy: allow-untyped-defs
 from __future__ import annotations
@@ -33,6 +33,12 @@ def product(a, b, acc):
 
 
 @triton.jit
+def step(BLOCK: tl.constexpr, stride):
+    """What takes pointers to the next tile, BLOCK rows or columns on; int64, for with far rows it passes 2³¹."""
+    return tl.full((), BLOCK, tl.int64) * stride
+
+
+@triton.jit
 def singular_values(e_ptr, mask_ptr, stride_er, stride_mask, scaling, r, R):
     """λ = c · E ⊙ mask of the triplets r, fp32 [BLOCK_R]; 0 past R."""
     values = tl.load(e_ptr + r * stride_er, mask=r < R, other=0.0).to(tl.float32) * scaling
@@ -46,4 +52,4 @@ def strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if tensor is None else tensor.stride()[:dims]
 
 
-__all__ = ["TRITON_DTYPES", "product", "rounded", "singular_values", "strides"]
+__all__ = ["TRITON_DTYPES", "product", "rounded", "singular_values", "step", "strides"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.backward.slab_sums import sum_v
 from adalora_kernels.backends.triton.launch import launch
-from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
+from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, step, strides
 from adalora_kernels.reference.svd_linear import Adapter
 
 
@@ -57,8 +57,8 @@ def _svd_linear_backward_v_kernel(
         g_tile = tl.load(g_ptrs, mask=(m[:, None] < M) & (n[None, :] < left), other=0.0)  # [BLOCK_M, BLOCK_N]
         b_tile = tl.load(b_ptrs, mask=(n[:, None] < left) & (r[None, :] < R), other=0.0)  # [BLOCK_N, BLOCK_R]
         v = product(rounded(g_tile, COMPUTE), rounded(b_tile, COMPUTE), v)
-        g_ptrs += BLOCK_N * stride_gn
-        b_ptrs += BLOCK_N * stride_bn
+        g_ptrs += step(BLOCK_N, stride_gn)
+        b_ptrs += step(BLOCK_N, stride_bn)
     v *= singular_values(e_ptr, mask_ptr, stride_er, stride_mask, scaling, r, R)[None, :]
     v_ptrs = v_ptr + m[:, None] * RANK_PADDED + r[None, :]
     tl.store(v_ptrs, rounded(v, COMPUTE), mask=(m[:, None] < M) & (r[None, :] < RANK_PADDED))
@@ -114,8 +114,8 @@ def _svd_linear_backward_t_kernel(
             v = product(g_tile, b_tile, tl.zeros((BLOCK_M, BLOCK_R), tl.float32))
             tl.store(v_ptrs, v, mask=(rows < left)[:, None] & (r < RANK_PADDED)[None, :])
             v_ptrs += BLOCK_M * RANK_PADDED
-        g_ptrs += BLOCK_M * stride_gm
-        u_ptrs += BLOCK_M * stride_um
+        g_ptrs += step(BLOCK_M, stride_gm)
+        u_ptrs += step(BLOCK_M, stride_um)
     t_ptrs = t_ptr + (slab * N + n)[:, None] * RANK_PADDED + r[None, :]
     tl.store(t_ptrs, t, mask=(n < N)[:, None] & (r < RANK_PADDED)[None, :])
 

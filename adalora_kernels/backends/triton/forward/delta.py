@@ -16,7 +16,7 @@ from torch import Tensor
 from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
 from adalora_kernels.backends.triton.launch import launch
-from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
+from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, step, strides
 from adalora_kernels.reference.svd_linear import Adapter
 
 
@@ -75,8 +75,8 @@ def _svd_linear_delta_kernel(
         if seed_ptr is not None:
             x_tile = drop(x_tile, keep_mask(m, start + k, K, seed, last_dropped), keep_scale)
         u = product(x_tile, rounded(a_tile, COMPUTE), u)
-        x_ptrs += BLOCK_K * stride_xk
-        a_ptrs += BLOCK_K * stride_ak
+        x_ptrs += step(BLOCK_K, stride_xk)
+        a_ptrs += step(BLOCK_K, stride_ak)
     if share == 0:
         u_ptrs = u_ptr + m[:, None] * RANK_PADDED + r[None, :]
         tl.store(u_ptrs, rounded(u, COMPUTE), mask=row & (r[None, :] < RANK_PADDED))
@@ -94,8 +94,8 @@ def _svd_linear_delta_kernel(
         y_tile = tl.load(y_ptrs, mask=row & column, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
         y_tile = product(u_scaled, rounded(b_tile, COMPUTE), y_tile)
         tl.store(y_ptrs, rounded(y_tile, y_ptr.dtype.element_ty), mask=row & column)
-        y_ptrs += BLOCK_N * stride_yn
-        b_ptrs += BLOCK_N * stride_bn
+        y_ptrs += step(BLOCK_N, stride_yn)
+        b_ptrs += step(BLOCK_N, stride_bn)
 
 
 def forward(x: Tensor, weight: None, bias: None, base: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
@@ -144,6 +144,7 @@ def forward(x: Tensor, weight: None, bias: None, base: Tensor, adapter: Adapter)
         BLOCK_R=tiles.rank_block(R),
         **tile.options,
     )
+    torch.autograd.graph.increment_version(base)  # which kernels don't: a base may have saved it for its own backward
     return base, u
 
 

@@ -29,7 +29,7 @@ from adalora_kernels.backends.triton.descriptors import describable, has_descrip
 from adalora_kernels.backends.triton.dropout import dropout_arguments
 from adalora_kernels.backends.triton.forward.shrink import add_low_rank, low_rank_rows
 from adalora_kernels.backends.triton.launch import launch
-from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, strides
+from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, step, strides
 from adalora_kernels.backends.triton.tickets import (
     await_published,
     programs,
@@ -93,13 +93,13 @@ def _tile_product(
         else:
             x_tile = rounded(tl.load(x_ptrs, mask=(m[:, None] < M) & (k[None, :] < left), other=0.0), COMPUTE)
             w_tile = rounded(tl.load(w_ptrs, mask=(k[:, None] < left) & (n[None, :] < N), other=0.0), COMPUTE)
-            x_ptrs += BLOCK_K * stride_xk
-            w_ptrs += BLOCK_K * stride_wk
+            x_ptrs += step(BLOCK_K, stride_xk)
+            w_ptrs += step(BLOCK_K, stride_wk)
         acc = product(x_tile, w_tile, acc)
         if a_ptr is not None:
             a_tile = tl.load(a_ptrs, mask=(k[:, None] < left) & (r[None, :] < R), other=0.0)  # [BLOCK_K, BLOCK_R]
             u = product(x_tile, rounded(a_tile, COMPUTE), u)
-            a_ptrs += BLOCK_K * stride_ak
+            a_ptrs += step(BLOCK_K, stride_ak)
     return acc, u
 
 

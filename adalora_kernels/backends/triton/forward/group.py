@@ -19,7 +19,7 @@ from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.descriptors import describable
 from adalora_kernels.backends.triton.forward.shrink import slices_of
 from adalora_kernels.backends.triton.launch import launch
-from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded
+from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, step
 from adalora_kernels.backends.triton.stack import Stack, of_member
 from adalora_kernels.backends.triton.tickets import arrives_last, workspace
 from adalora_kernels.backends.triton.tiles import Width
@@ -80,8 +80,8 @@ def _svd_linear_group_shrink_kernel(
         x_tile = tl.load(x_ptrs, mask=(m[:, None] < M) & (k[None, :] < left), other=0.0)  # [BLOCK_M, BLOCK_K]
         a_tile = tl.load(a_ptrs, mask=(k[:, None] < left) & owned[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
         u = product(rounded(x_tile, COMPUTE), rounded(a_tile, COMPUTE), u)
-        x_ptrs += BLOCK_K * stride_xk
-        a_ptrs += BLOCK_K * stride_ak
+        x_ptrs += step(BLOCK_K, stride_xk)
+        a_ptrs += step(BLOCK_K, stride_ak)
     offsets = first.to(tl.int64)[None, :] * M + m[:, None] * width[None, :] + r[None, :]
     inside = (m[:, None] < M) & (c[None, :] < total)
     if partial_ptr is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
 from adalora_kernels.backends.triton.launch import launch
-from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, strides
+from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, step, strides
 from adalora_kernels.reference.svd_linear import Adapter
 
 
@@ -89,9 +89,9 @@ def _svd_linear_one_pass_kernel(
             if seed_ptr is not None:
                 x_tile = drop(x_tile, keep_mask(m, start + k, K, seed, last_dropped), keep_scale)
             u = product(x_tile, rounded(a_tile, COMPUTE), u)
-            a_ptrs += BLOCK_K * stride_ak
-        x_ptrs += BLOCK_K * stride_xk
-        w_ptrs += BLOCK_K * stride_wk
+            a_ptrs += step(BLOCK_K, stride_ak)
+        x_ptrs += step(BLOCK_K, stride_xk)
+        w_ptrs += step(BLOCK_K, stride_wk)
 
     if RANK_PADDED > 0:
         if pid_n == 0:

@@ -19,7 +19,7 @@ from adalora_kernels.backends.triton import configurations, tiles
 from adalora_kernels.backends.triton.descriptors import describable, has_descriptors
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
 from adalora_kernels.backends.triton.launch import launch
-from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values
+from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, step
 from adalora_kernels.backends.triton.tickets import arrives_last, programs, workspace
 from adalora_kernels.backends.triton.tiles import Width
 from adalora_kernels.reference.svd_linear import Adapter
@@ -70,12 +70,12 @@ def low_rank_rows(
             x_tile = x.load([pid_m * BLOCK_M, start])  # [BLOCK_M, BLOCK_K]
         else:
             x_tile = rounded(tl.load(x_ptrs, mask=(m[:, None] < M) & (k[None, :] < left), other=0.0), COMPUTE)
-            x_ptrs += BLOCK_K * stride_xk
+            x_ptrs += step(BLOCK_K, stride_xk)
         a_tile = tl.load(a_ptrs, mask=(k[:, None] < left) & (r[None, :] < R), other=0.0)  # [BLOCK_K, BLOCK_R]
         if seed_ptr is not None:
             x_tile = drop(x_tile, keep_mask(m, start + k, K, seed, last_dropped), keep_scale)
         u = product(x_tile, rounded(a_tile, COMPUTE), u)
-        a_ptrs += BLOCK_K * stride_ak
+        a_ptrs += step(BLOCK_K, stride_ak)
     return u
 
 
