@@ -6,6 +6,7 @@ installed ``unavailable_reason`` says so.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -75,6 +76,18 @@ def svd_linear_forward(
     Raises:
         RuntimeError: the plan asked for can't run this call.
     """
+    if _interpreted():
+        return _forward(x, weight, bias, base, adapter, plan)
+    from adalora_kernels.backends.triton.replay import replayed
+
+    tensors, numbers = (x, weight, bias, base, *adapter[:5]), (plan, *adapter[5:])
+    result: tuple[Tensor, Tensor] = replayed(_forward, tensors, numbers, x, weight, bias, base, adapter, plan)
+    return result
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, adapter: Adapter, plan: str | None
+) -> tuple[Tensor, Tensor]:
     choice = plans.choose(problem_of(x, weight, adapter), plan)
     y, u = plans.launcher("forward", choice.forward)(x, weight, bias, base, adapter)
     return y, u
@@ -94,11 +107,38 @@ def svd_linear_backward(
 
     ``importance``: of the layer, to be updated on the way as ``reference.handover`` says.
     """
+    if importance is not None or _interpreted():
+        return _backward(grad_y, x, u, weight, adapter, needs, plan, importance)
+    from adalora_kernels.backends.triton.replay import replayed
+
+    tensors, numbers = (grad_y, x, u, weight, *adapter[:5]), (needs, plan, *adapter[5:])
+    result: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = replayed(
+        _backward, tensors, numbers, grad_y, x, u, weight, adapter, needs, plan
+    )
+    return result
+
+
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    adapter: Adapter,
+    needs: tuple[bool, bool, bool, bool],
+    plan: str | None,
+    importance: LayerImportance | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     choice = plans.choose(problem_of(x, weight, adapter, needs[0]), plan)
-    dx, dA, dE, dB = plans.launcher("backward", choice.backward)(
-        grad_y, x, u, weight, adapter, needs, importance
-    )  # fmt: skip
+    dx, dA, dE, dB = plans.launcher("backward", choice.backward)(grad_y, x, u, weight, adapter, needs, importance)
     return dx, dA, dE, dB
+
+
+@cache
+def _interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which has nothing to replay."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
 
 
 def explain(x: Tensor, weight: Tensor | None, adapter: Adapter, plan: str | None = None) -> tuple[str, str, str]:

@@ -14,7 +14,9 @@ launch hooks are read at every one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ _BEYOND_31_BITS = -(1 << 31)
 _ALIGNMENT = 15
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
     """A compiled kernel with what its launcher takes besides the arguments; ``constants`` follow them."""
 
     kernel: CompiledKernel
@@ -38,15 +40,24 @@ class _Kept(NamedTuple):
     constants: tuple[Any, ...]
 
 
+class Launched(NamedTuple):
+    """A launch that was made; ``kept`` is None where the front left nothing to keep."""
+
+    kept: Kept | None
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+
+
 class _Shape(NamedTuple):
     """Launches of one kernel with one set of options and types of arguments."""
 
     specialise: Callable[..., tuple[Any, ...]]
-    kept: dict[tuple[Any, ...], _Kept]
+    kept: dict[tuple[Any, ...], Kept]
     kernel: JITFunction  # holds the identity that is part of the key
 
 
 _shapes: dict[tuple[Any, ...], _Shape] = {}
+_notes = threading.local()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -71,7 +82,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     key = shape.specialise(*args)
     kept = shape.kept.get(key)
     if kept is None:
-        _launch_and_keep(shape, key, grid, args, options)
+        kept = _launch_and_keep(shape, key, grid, args, options)
+        _note(kept, grid, args)
         return
     device = key[0]
     active = driver.active
@@ -80,13 +92,35 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             launch(kernel, grid, *args, **options)
         return
     stream = active.get_current_stream(device)
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+    enter = leave = about = None
+    if hooked():
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         about = kept.kernel.launch_metadata(grid, stream, *args, *kept.constants)
-    else:
-        enter = leave = about = None
     x, y, z = (*grid, 1, 1)[:3]
     kept.run(x, y, z, stream, kept.function, kept.metadata, about, enter, leave, *args, *kept.constants)
+    _note(kept, grid, args)
+
+
+def hooked() -> bool:
+    """Whether anybody wants to hear of launches."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@contextmanager
+def noted(launches: list[Launched]) -> Iterator[None]:
+    """Within, this thread's launches are appended to ``launches``."""
+    before, _notes.launches = getattr(_notes, "launches", None), launches
+    try:
+        yield
+    finally:
+        _notes.launches = before
+
+
+def _note(kept: Kept | None, grid: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    launches = getattr(_notes, "launches", None)
+    if launches is not None:
+        launches.append(Launched(kept, grid, args))
 
 
 def kept_kernels() -> list[CompiledKernel]:
@@ -97,7 +131,7 @@ def kept_kernels() -> list[CompiledKernel]:
 
 def _launch_and_keep(
     shape: _Shape, key: tuple[Any, ...], grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
-) -> None:
+) -> Kept | None:
     """Launch through the front, which compiles what it has to, and keep what it launched."""
     with torch.cuda.device(key[0]):
         compiled = shape.kernel[grid](*args, **options)
@@ -105,7 +139,8 @@ def _launch_and_keep(
     if isinstance(compiled, CompiledKernel):
         constants = tuple(options.get(p.name, p.default) for p in shape.kernel.params[len(args) :])
         metadata = compiled.packed_metadata
-        shape.kept[key] = _Kept(compiled, compiled.run, compiled.function, metadata, constants)
+        shape.kept[key] = Kept(compiled, compiled.run, compiled.function, metadata, constants)
+    return shape.kept.get(key)
 
 
 def _specialiser(kernel: JITFunction, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
@@ -139,4 +174,4 @@ def _specialiser(kernel: JITFunction, args: tuple[Any, ...]) -> Callable[..., tu
     return specialise
 
 
-__all__ = ["kept_kernels", "launch"]
+__all__ = ["Kept", "Launched", "hooked", "kept_kernels", "launch", "noted"]

@@ -125,6 +125,11 @@ def trial(kernel: str, fields: Fields) -> Iterator[None]:
         del _trials[kernel]
 
 
+def on_trial() -> bool:
+    """Whether any kernel is."""
+    return bool(_trials)
+
+
 def tile(
     kernel: str, capability: tuple[int, int] | None, width: str, rank: int, dropout: bool = False
 ) -> Fields | None:
@@ -141,4 +146,4 @@ def _tile(kernel: str, capability: tuple[int, int] | None, width: str, rank: int
     return None if found is None else found.tile(kernel, width, rank)
 
 
-__all__ = ["PATH", "Fields", "Point", "Table", "minor_version", "read", "table", "tables", "tile", "trial"]
+__all__ = ["PATH", "Fields", "Point", "Table", "minor_version", "on_trial", "read", "table", "tables", "tile", "trial"]

@@ -16,9 +16,11 @@ through TMA, whose reads of data from the same launch need a proxy fence that Tr
 # mypy: allow-untyped-defs
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
-from threading import Lock
+from threading import Lock, local
 
 import torch
 import triton
@@ -32,6 +34,7 @@ _ALIGNMENT = 4  # ints: 16 bytes, as fresh allocations have at least
 _buffers: dict[tuple[torch.device, int], Tensor] = {}
 _reserves: dict[torch.device, tuple[Tensor, int]] = {}  # with the number of ints handed out
 _reserve_lock = Lock()
+_notes = local()
 
 
 @triton.jit
@@ -95,7 +98,13 @@ def workspace(device: torch.device, row_blocks: int) -> Tensor:
     Launches on one stream follow each other and share a buffer. A captured launch has a piece of its own, since a graph
     may run its branches side by side and is replayed on any stream; the piece is never handed out again.
     """
-    ints = -(-(1 + row_blocks) // _ALIGNMENT) * _ALIGNMENT
+    buffer = _buffer(device, -(-(1 + row_blocks) // _ALIGNMENT) * _ALIGNMENT)
+    if (workspaces := getattr(_notes, "workspaces", None)) is not None:
+        workspaces.append((buffer, row_blocks))
+    return buffer
+
+
+def _buffer(device: torch.device, ints: int) -> Tensor:
     if device.type != "cuda":
         stream = 0
     elif torch.cuda.is_current_stream_capturing():
@@ -109,6 +118,16 @@ def workspace(device: torch.device, row_blocks: int) -> Tensor:
     if buffer is None or buffer.numel() < ints:
         buffer = _buffers[device, stream] = _lasting_zeros(device, max(ints, _SMALLEST))
     return buffer
+
+
+@contextmanager
+def noted(workspaces: list[tuple[Tensor, int]]) -> Iterator[None]:
+    """Within, what this thread gets from ``workspace`` is appended to ``workspaces``, with the row blocks asked for."""
+    before, _notes.workspaces = getattr(_notes, "workspaces", None), workspaces
+    try:
+        yield
+    finally:
+        _notes.workspaces = before
 
 
 def _captured(device: torch.device, ints: int) -> Tensor:
@@ -140,4 +159,4 @@ def _lasting_zeros(device: torch.device, ints: int) -> Tensor:
         return executor.submit(allocate).result()
 
 
-__all__ = ["arrives_last", "await_published", "programs", "publish", "take_ticket", "tile_of", "workspace"]
+__all__ = ["arrives_last", "await_published", "noted", "programs", "publish", "take_ticket", "tile_of", "workspace"]

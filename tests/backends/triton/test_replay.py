@@ -1,0 +1,272 @@
+"""Replayed calls: the launches that the launcher itself would make, with other tensors of the same layout."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from triton import knobs  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from adalora_kernels.backends.triton import launch, measured, plans, replay, tickets, tiles  # noqa: E402
+from adalora_kernels.backends.triton.replay import replayed  # noqa: E402
+from adalora_kernels.reference.svd_linear import Adapter  # noqa: E402
+from tests.backends.triton.stub_driver import StubDriver, stub_driver  # noqa: E402
+
+pytestmark = pytest.mark.skipif(knobs.runtime.interpret, reason="TRITON_INTERPRET is set in this process")
+
+PLANS = [("forward", name) for name in plans.FORWARD] + [("backward", name) for name in plans.BACKWARD]
+OF_THE_BLAS = [("forward", "blas"), ("backward", "blas")]
+M, K, N, R = 40, 64, 48, 8
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
+    """Triton takes CPU tensors as if they lay on a Hopper device, and launches nothing."""
+    monkeypatch.setattr(tiles, "device_family", lambda device: tiles.Family.HOPPER)
+    monkeypatch.setattr(replay, "_known", {})
+    with stub_driver() as driver:
+        yield driver
+
+
+@contextmanager
+def launches_of_replays() -> Iterator[list[tuple[Any, ...]]]:
+    """What known calls launch: the kernel, then the arguments of its launcher."""
+    found: list[tuple[Any, ...]] = []
+
+    def noting(kept: launch.Kept) -> launch.Kept:
+        return kept._replace(run=lambda *args: found.append((kept.kernel, *args)))
+
+    before = dict(replay._known)
+    for key, known in before.items():
+        assert known is not None
+        launches = tuple((noting(kept), grid) for kept, grid in known.launches)
+        replay._known[key] = known._replace(launches=launches)
+    yield found
+    replay._known.update(before)
+
+
+def normal(*sizes: int, dtype: torch.dtype, shift: int = 0) -> Tensor:
+    """Contiguous, ``shift`` elements past an aligned address."""
+    whole = torch.randn(sizes[0] * sizes[1] + shift)
+    return whole.to(dtype)[shift:].view(sizes)
+
+
+def tensors_of(direction: str, name: str, draw: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A call's tensors in the order of ``layout``, and the rest, drawn from what the layer takes."""
+    half = draw.choice([torch.bfloat16, torch.float16])
+    dtype = draw.choice([half, half, torch.float32])
+    adapter_dtype = draw.choice([dtype, torch.float32])
+    shift = draw.choice([0, 0, 0, 1, 4])
+    drop = draw.random() < 0.25
+    layout: dict[str, Any] = {
+        "dtype": dtype, "adapter": adapter_dtype, "shift": shift, "transposed": draw.random() < 0.3,
+        "bias": draw.random() < 0.5, "mask": draw.random() < 0.3, "drop": drop, "m": draw.choice([M, 1, 130]),
+        "strided": draw.random() < 0.2, "flat_e": draw.random() < 0.3,
+    }  # fmt: skip
+    others = {
+        "needs": draw.choice([(True, True, True, True), (True, False, True, False), (True, True, False, False)]),
+        "scaling": draw.choice([1.0, 2.5]),
+        "dropout_p": 0.1 if drop else 0.0,
+    }
+    return layout, others
+
+
+def call(direction: str, name: str, layout: dict[str, Any], others: dict[str, Any]) -> tuple[Any, ...]:
+    """Fresh tensors of the layout: (all tensors, hashable rest, the launcher's arguments)."""
+    dtype, adapter_dtype, m = layout["dtype"], layout["adapter"], layout["m"]
+    x = normal(m, K * (2 if layout["strided"] else 1), dtype=dtype, shift=layout["shift"])[:, :K]
+    weight = normal(K, N, dtype=dtype).t() if layout["transposed"] else normal(N, K, dtype=dtype)
+    e = normal(R, 1, dtype=adapter_dtype)
+    adapter = Adapter(
+        normal(R, K, dtype=adapter_dtype),
+        e[:, 0] if layout["flat_e"] else e,
+        normal(N, R, dtype=adapter_dtype),
+        torch.ones(R, dtype=torch.bool) if layout["mask"] else None,
+        torch.zeros(1, dtype=torch.int64) if layout["drop"] else None,
+        others["scaling"],
+        others["dropout_p"],
+        dtype,
+    )
+    bias = normal(1, N, dtype=dtype)[0] if layout["bias"] else None
+    if direction == "forward":
+        based = name == "delta"
+        base = normal(m, N, dtype=dtype) if based else None
+        args = (x, None if based else weight, None if based else bias, base, adapter)
+        return (*args[:4], *adapter[:5]), adapter[5:], args
+    grad_y, u = normal(m, N, dtype=dtype), normal(m, 16, dtype=dtype)
+    args = (grad_y, x, u, weight, adapter, others["needs"])
+    return (*args[:4], *adapter[:5]), (*adapter[5:], others["needs"]), args
+
+
+class Labels:
+    """Addresses by what lies there, however they come."""
+
+    def __init__(self, given: tuple[Tensor | None, ...], results: tuple[Tensor | None, ...]) -> None:
+        self._names = {t.data_ptr(): f"given {i}" for i, t in enumerate(given) if t is not None}
+        self._names |= {t.data_ptr(): f"result {i}" for i, t in enumerate(results) if t is not None}
+        self._names |= {b.data_ptr(): "workspace" for b in tickets._buffers.values()}
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, TensorDescriptor | replay._Address):
+            return self._named(value.base.data_ptr()), list(value.shape), list(value.strides), list(value.block_shape)
+        if isinstance(value, Tensor):
+            return self._named(value.data_ptr())
+        if isinstance(value, int) and value > 1 << 32:
+            return self._named(value)
+        return value
+
+    def _named(self, address: int) -> str | int:
+        if address == 0:
+            return 0
+        if address not in self._names:
+            self._names[address] = f"scratch {sum(name.startswith('scratch') for name in self._names.values())}"
+        return self._names[address]
+
+
+def check(direction: str, name: str, layout: dict[str, Any], others: dict[str, Any]) -> int:
+    """Hold a call, replayed if it is known, to the launcher's own launches; returns how many launches were compared."""
+    launcher = plans.launcher(direction, name)
+    tensors, rest, args = call(direction, name, layout, others)
+    direct: list[launch.Launched] = []
+    with launch.noted(direct):
+        expected = launcher(*args)
+    with launches_of_replays() as launches:
+        known = len(replay._known)
+        results = replayed(launcher, tensors, rest, *args)
+        if len(replay._known) > known:
+            return 0
+    assert len(launches) == len(direct)
+    ours, theirs = Labels(tensors, results), Labels(tensors, expected)
+    for (own, *got), (kept, grid, values) in zip(launches, direct, strict=True):
+        assert kept is not None and own is kept.kernel
+        assert tuple(got[:3]) == (*grid, 1, 1)[:3]
+        assert tuple(got[3:9]) == (0, kept.function, kept.metadata, None, None, None)
+        assert [ours.of(v) for v in got[9:]] == [theirs.of(v) for v in (*values, *kept.constants)]
+    for a, b in zip(results, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            assert (a.shape, a.dtype, a.is_contiguous()) == (b.shape, b.dtype, b.is_contiguous())
+    return len(launches)
+
+
+@pytest.mark.parametrize(("direction", "name"), [plan for plan in PLANS if plan not in OF_THE_BLAS])
+def test_launches_are_the_launchers_own(stub: StubDriver, direction: str, name: str) -> None:
+    draw = random.Random(name)
+    for _ in range(8):
+        drawn = tensors_of(direction, name, draw)
+        check(direction, name, *drawn)
+        assert check(direction, name, *drawn) > 0
+
+
+@pytest.mark.parametrize(("direction", "name"), [("forward", "one_pass"), ("forward", "delta"), ("backward", "split")])
+def test_layouts_are_told_apart(stub: StubDriver, direction: str, name: str) -> None:
+    """Each way in which one may differ from a known one."""
+    layout: dict[str, Any] = {
+        "dtype": torch.bfloat16, "adapter": torch.bfloat16, "shift": 0, "transposed": False, "bias": True, "mask": True,
+        "drop": True, "m": M, "strided": False, "flat_e": False,
+    }  # fmt: skip
+    others = {"needs": (True,) * 4, "scaling": 1.0, "dropout_p": 0.1}
+    variations = {
+        "dtype": torch.float16, "adapter": torch.float32, "shift": 1, "transposed": True, "bias": False, "mask": False,
+        "drop": False, "m": M + 1, "strided": True, "flat_e": True,
+    }  # fmt: skip
+    check(direction, name, layout, others)
+    for key, value in variations.items():
+        check(direction, name, layout | {key: value}, others)
+        assert check(direction, name, layout, others) > 0
+    for key, value in {"needs": (True, True, False, False), "scaling": 2.0, "dropout_p": 0.2}.items():
+        check(direction, name, layout, others | {key: value})
+        assert check(direction, name, layout, others) > 0
+
+
+@pytest.mark.parametrize(("direction", "name"), OF_THE_BLAS)
+def test_products_of_the_blas_are_made_anew(stub: StubDriver, direction: str, name: str) -> None:
+    layout, others = tensors_of(direction, name, random.Random(3))
+    launcher = plans.launcher(direction, name)
+    for _ in range(2):
+        tensors, rest, args = call(direction, name, layout, others)
+        launches: list[launch.Launched] = []
+        with launch.noted(launches):
+            replayed(launcher, tensors, rest, *args)
+    assert list(replay._known.values()) == [None] and launches
+
+
+def test_what_shares_memory_stays_apart(stub: StubDriver) -> None:
+    """Scratch is one buffer: what is in it must not overlap, and must be aligned."""
+    launcher = plans.launcher("backward", "one_gemm")
+    layout = tensors_of("backward", "one_gemm", random.Random(0))[0] | {"dtype": torch.float32, "m": 300, "drop": False}
+    others = {"needs": (True,) * 4, "scaling": 1.0, "dropout_p": 0.0}
+    tensors, _, args = call("backward", "one_gemm", layout, others)
+    with replay._Watch() as watch, launch.noted(watch.launches), tickets.noted(watch.workspaces):
+        results = launcher(*args)
+    found = replay._replay_of(watch, tensors, results)
+    assert found is not None
+    own = {t.data_ptr() for t in results if t is not None}
+    sizes = [t.untyped_storage().nbytes() for t in watch.made if t.data_ptr() not in own]
+    places = replay._Places(tensors, [], [t for t in watch.made if t.data_ptr() not in own], watch)
+    starts = [int(name.removeprefix("s + ")) for _, name in places._made]
+    assert len(starts) > 2 and all(start % 256 == 0 for start in starts)
+    ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+    assert all(end <= start for end, start in zip(ends, [*starts[1:], found.scratch], strict=True))
+
+
+def test_arguments_of_one_address_are_not_remembered(stub: StubDriver) -> None:
+    """With A standing for B too, the launches' pointers could be either's."""
+    launcher = plans.launcher("backward", "split")
+    layout, others = tensors_of("backward", "split", random.Random(1))
+    tensors, rest, args = call("backward", "split", layout | {"m": N}, others)
+    twice = (tensors[0], tensors[1], tensors[0], *tensors[3:])
+    replayed(launcher, twice, rest, args[0], args[1], args[0], *args[3:])
+    assert not replay._known
+
+
+def test_tiles_on_trial_and_hooks_are_heeded(stub: StubDriver) -> None:
+    launcher = plans.launcher("forward", "one_pass")
+    layout, others = tensors_of("forward", "one_pass", random.Random(2))
+    layout |= {"dtype": torch.bfloat16, "adapter": torch.bfloat16}
+    tensors, rest, args = call("forward", "one_pass", layout, others)
+
+    def launched() -> list[launch.Launched]:
+        launches: list[launch.Launched] = []
+        with launch.noted(launches):
+            replayed(launcher, tensors, rest, *args)
+        return launches
+
+    launched()
+    assert not launched()
+    with measured.trial("one_pass", (16, 16, 32, 4, 2)):
+        assert launched()[0].grid == (-(-layout["m"] // 16) * N // 16,)
+    assert not launched()
+    hook = [].append
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        assert launched()
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+
+
+def test_a_base_is_told_that_it_was_added_to(stub: StubDriver) -> None:
+    layout, others = tensors_of("forward", "delta", random.Random(4))
+    for _ in range(3):
+        tensors, rest, args = call("forward", "delta", layout, others)
+        before = args[3]._version
+        y, _ = replayed(plans.launcher("forward", "delta"), tensors, rest, *args)
+        assert y is args[3] and args[3]._version == before + 1
+
+
+def test_few_layouts_are_remembered(stub: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_MOST", 3)
+    layout, others = tensors_of("forward", "one_pass", random.Random(5))
+    for m in range(1, 9):
+        tensors, rest, args = call("forward", "one_pass", layout | {"m": m}, others)
+        replayed(plans.launcher("forward", "one_pass"), tensors, rest, *args)
+        assert len(replay._known) <= 3
