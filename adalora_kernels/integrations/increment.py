@@ -13,7 +13,7 @@ from peft.tuners.adalora.layer import AdaLoraLayer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from adalora_kernels.backends.select import Backend
+from adalora_kernels.backends.select import Backend, Selection
 from adalora_kernels.ops.explain import described, explain_layer
 from adalora_kernels.ops.svd_linear import svd_linear_into
 
@@ -112,12 +112,14 @@ class FusedIncrement(_Module, AdaLoraLayer):
             return False, reason
         weight, obstacle = self._weight_to_read()
         how = "base and increment in one call" if weight is not None else f"{_INTO_OUTPUT}: {obstacle}"
-        together = self._described_siblings()
+        together, _ = self._described_siblings()
         return True, f"{how}; {together}" if together else how
 
-    def _described_siblings(self) -> str:
+    def _described_siblings(self) -> tuple[str, Selection | None]:
+        """With which siblings it is computed, or why alone; and what they run on, where they are one group."""
         siblings = self.__dict__.get("_siblings")
-        return "" if siblings is None else str(siblings.described(self))
+        found: tuple[str, Selection | None] = ("", None) if siblings is None else siblings.described(self)
+        return found
 
     def explain_layer(self) -> tuple[str, str, str, str]:
         """Backend, plan, reason and configuration, for ``adalora_kernels.explain``."""
@@ -131,14 +133,17 @@ class FusedIncrement(_Module, AdaLoraLayer):
         adapter = [factors[adapters[0]] for factors in (self.lora_A, self.lora_E, self.lora_B)]
         weight, obstacle = self._weight_to_read()
         settings = self._increment_settings(adapters[0])
-        selection = explain_layer(weight, *adapter, dropout_p=settings["dropout_p"], backend=settings["backend"])
+        together, of_group = self._described_siblings()
+        selection = of_group or explain_layer(
+            weight, *adapter, dropout_p=settings["dropout_p"], backend=settings["backend"]
+        )
         plan, reasons = selection.plan, [selection.reason]
         if weight is None:
             plan = f"base, then {plan} into its output"
             reasons.insert(0, obstacle)
         if len(adapters) > 1:
             reasons.append(f"{len(adapters)} adapters are active, one call each")
-        if together := self._described_siblings():
+        if together:
             reasons.append(together)
         return described(selection._replace(plan=plan, reason="; ".join(reasons)))
 

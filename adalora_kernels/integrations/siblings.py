@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adalora_kernels.backends.select import Backend, select
+from adalora_kernels.backends.select import Backend, Selection, select
 from adalora_kernels.integrations.svd_layer import FusedSVDLinear, GroupCall
+from adalora_kernels.ops.explain import NOMINAL_TOKENS, explain_group_call
 from adalora_kernels.ops.svd_linear import compute_dtype_of
 from adalora_kernels.ops.svd_linear_group import GroupedLayer, shares_passes, svd_linear_group
 
@@ -112,23 +113,49 @@ class Siblings:
             if layer is not None and layer.__dict__.get("_siblings") is self:
                 del layer.__dict__["_siblings"]
 
-    def described(self, layer: nn.Module) -> str:
-        """With which siblings the layer is computed as one group, as far as their calls have shown."""
+    def described(self, layer: nn.Module) -> tuple[str, Selection | None]:
+        """With which siblings the layer is computed as one group, as far as their calls have shown, or why alone.
+
+        Returns:
+            That in words, and what the first such group runs on for ``NOMINAL_TOKENS``; None where the layer is alone.
+        """
         name = next((name for name in self._names if self._parent._modules.get(name) is layer), None)
         if name is None:
-            return ""
+            return "", None
         others = ", ".join(other for other in self._names if other != name)
         if not self._hooks:
-            return f"alone; as one group with {others} on a CUDA device under triton, where that shares a pass over x"
-        groups = []
+            where = "on a CUDA device under triton, where that shares a pass over x"
+            return f"alone; as one group with {others} {where}", None
+        together, apart = self._groups_with(name)
+        said = [", ".join(member for member in members if member != name) for members in together or apart]
+        with_whom = " or with ".join(dict.fromkeys(said))
+        if together:
+            return f"as one group with {with_whom}", self._explained(together[0])
+        if apart:
+            selection = self._explained(apart[0])
+            why = "shares no pass over x" if selection is None else f"shares no pass over x: {selection.reason}"
+            return f"alone: a group with {with_whom} {why}", None
+        return f"alone: no call showed yet that {others} read the same x", None
+
+    def _groups_with(self, name: str) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+        """Layers whose calls have shown that they read the same x: those computed together, and those not worth it."""
+        together, apart = list[tuple[str, ...]](), list[tuple[str, ...]]()
         for turn, followers in self._learned.items():
-            members = (turn.name, *followers)
             paid = [paid for key, paid in self._paid.items() if key[0] == turn]
-            if name in members and (any(paid) or not paid):
-                groups.append(", ".join(member for member in members if member != name))
-        if groups:
-            return "as one group with " + " or with ".join(dict.fromkeys(groups))
-        return f"alone: no call showed yet that a group with {others} saves anything"
+            if name in (turn.name, *followers):
+                (together if any(paid) or not paid else apart).append((turn.name, *followers))
+        return together, apart
+
+    def _explained(self, names: tuple[str, ...]) -> Selection | None:
+        """What these layers run on in one call; None where they can't be in one."""
+        layers = [layer for name in names if type(layer := self._parent._modules.get(name)) is FusedSVDLinear]
+        weight = layers[0].base_layer.weight
+        x = weight.new_empty(()).expand(NOMINAL_TOKENS, layers[0].in_features)
+        calls = [call for layer in layers if (call := layer.group_call(x)) is not None]
+        if len(calls) < len(names):
+            return None
+        _, dropout_p, backend, *_ = calls[0]
+        return explain_group_call(x, [call.layer for call in calls], dropout_p=dropout_p, backend=backend)
 
     def output(self, layer: FusedSVDLinear, x: Tensor) -> Tensor | None:
         """The layer's output, alone or with its siblings'; None where it is to run alone."""

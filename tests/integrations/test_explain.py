@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from adalora_kernels import explain
+from adalora_kernels.backends.select import BY_SHAPE, Backend, Selection
 from adalora_kernels.integrations import siblings
 from adalora_kernels.integrations.peft import layer_report, patch_model, unpatch_model
 from tests.integrations.one_layer import adapted, inputs, layer_of, linear
 from tests.integrations.sibling_models import LLAMA, steps
 from tests.integrations.small_models import batch, build
+
+ops_explain = import_module("adalora_kernels.ops.explain")  # the function of its name hides it
 
 
 class _Mixed(nn.Module):
@@ -111,7 +115,7 @@ def test_siblings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         return found
 
     model = patch_model(build("llama", **LLAMA), siblings=True)
-    assert "alone: no call showed yet that a group with k_proj, v_proj, o_proj" in said(model)["q_proj"]
+    assert "alone: no call showed yet that k_proj, v_proj, o_proj read the same x" in said(model)["q_proj"]
     steps(model, 2)
     told = said(model)
     assert told["q_proj"].endswith("as one group with k_proj, v_proj")
@@ -124,11 +128,42 @@ def test_siblings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(siblings, "_runs_on_triton", lambda layer, x: True)
     monkeypatch.setattr(siblings, "shares_passes", lambda x, layers, **options: False)
     steps(model, 3)
-    assert "alone: no call showed" in said(model)["q_proj"]
+    assert "alone: a group with k_proj, v_proj shares no pass over x: the best for cpu" in said(model)["q_proj"]
+    assert "alone: no call showed" in said(model)["o_proj"] and "group" not in said(model)["down_proj"]
     patch_model(model, siblings=False)
     assert "group" not in said(model)["q_proj"]
     unpatch_model(model)
     assert {line.backend for line in explain(model)} == {"none"}
+
+
+@pytest.mark.parametrize(
+    ("pays", "plan", "alone"),
+    [(True, "stack/stack", False), (False, "one by one: shrink_tail/one by one: blas", True)],
+    ids=["shared", "not worth it"],
+)
+def test_groups_on_triton_are_explained(pays: bool, plan: str, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The group's plan, tiles and reason, at each of its layers; or why each runs on its own."""
+    group = pytest.importorskip("adalora_kernels.backends.triton.group")
+    model = patch_model(build("llama", **LLAMA), siblings=None)
+    monkeypatch.setattr(siblings, "_runs_on_triton", lambda layer, x: True)
+    monkeypatch.setattr(siblings, "shares_passes", lambda x, layers, **options: pays)
+    steps(model, 3)
+    on_triton = Selection(Backend.TRITON, BY_SHAPE, "the best for cuda that can run", "", "shrink_tail/blas")
+    monkeypatch.setattr(ops_explain, "select", lambda *_: on_triton)
+    for name in ("_forward_pays", "_backward_pays"):
+        monkeypatch.setattr(group, name, lambda problems, passes, plan: pays)
+    lines = {line.name.split(".")[-1]: line for line in explain(model)}
+    for name, others in (("k_proj", "q_proj, v_proj"), ("gate_proj", "up_proj")):
+        line = lines[name]
+        assert line.backend == "triton" and (line.plan == plan) is not alone
+        if alone:
+            assert line.plan == "shrink_tail/blas" and line.configuration.startswith("shrink ")
+            assert f"alone: a group with {others} shares no pass over x: " in line.reason
+            assert "forward: the plan asked for has no form for groups" in line.reason
+        else:
+            assert line.configuration.startswith("group_shrink ") and "; group_x " in line.configuration
+            assert "forward: 1 pass over x for" in line.reason and line.reason.endswith(f"as one group with {others}")
+    assert lines["down_proj"].plan == "shrink_tail/blas" and "group" not in lines["down_proj"].reason
 
 
 def test_explaining_changes_nothing() -> None:

@@ -114,7 +114,8 @@ def explain(x: Tensor, members: Sequence[Member], need_x: bool = True, plan: str
         own = [getattr(choice, direction) for choice in choices]
         if found and pays(_ranked(problems), len(found), plan):
             names.append("stack")
-            reasons.append(f"{direction}: {len(found)} passes over x for {sum(len(s.members) for s in found)} layers")
+            count, layers = len(found), sum(len(s.members) for s in found)
+            reasons.append(f"{direction}: {count} pass{'es' * (count > 1)} over x for {layers} layers")
             kernels += [(stacked, problems[0]._replace(rank=s.total)) for s in found]
             kernels += [(kernel, p) for p in problems for kernel in beside]
         else:

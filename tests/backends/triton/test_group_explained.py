@@ -77,7 +77,7 @@ def test_tiles_are_those_that_are_launched(
 def test_plan_and_reason_of_a_stack() -> None:
     plan, configuration, reason = group.explain(empty(2048, 768), members((16, 16, 16)), plan="shrink_tail/blas")
     assert plan == "stack/stack" and configuration.startswith("group_shrink ") and "; group_x " in configuration
-    assert reason == "forward: 1 passes over x for 3 layers; backward: 1 passes over x for 3 layers"
+    assert reason == "forward: 1 pass over x for 3 layers; backward: 1 pass over x for 3 layers"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_plan_and_reason_of_a_stack() -> None:
          "forward: the plan asked for has no form for groups; backward: the plan asked for has no form for groups; "
          "a layer alone: forward one_pass asked for by name; backward split asked for by name"),
         ("shrink_tail/split", members((16, 16)), "stack/one by one: split",
-         "forward: 1 passes over x for 2 layers; backward: the plan asked for has no form for groups; a layer alone"),
+         "forward: 1 pass over x for 2 layers; backward: the plan asked for has no form for groups; a layer alone"),
         ("shrink_tail/blas", members((16, 16), dropout_p=0.1), "one by one: shrink_tail/one by one: blas",
          "forward: no stack spares a pass, for dropout, ranks, layouts or dtypes of A; backward: no stack"),
         ("shrink_tail/blas", members((16, 0)), "one by one: shrink_tail/one by one: blas", "forward: no stack"),
