@@ -14,12 +14,13 @@ def has_descriptors(device: torch.device) -> bool:
 
 
 def describable(matrix: Tensor) -> bool:
-    """Whether a descriptor can address a matrix: contiguous rows, apart, at multiples of 16 bytes."""
+    """Whether a descriptor can address a matrix: fewer than 2³¹ contiguous rows, apart, at multiples of 16 bytes."""
     return (
         matrix.stride(1) == 1
         and matrix.stride(0) >= matrix.shape[1] > 0
         and matrix.stride(0) * matrix.itemsize % 16 == 0
         and matrix.data_ptr() % 16 == 0
+        and matrix.shape[0] >> 31 == 0
     )
 
 

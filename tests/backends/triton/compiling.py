@@ -45,6 +45,7 @@ class Launch:
     kernel: JITFunction
     args: tuple[Any, ...]
     options: dict[str, Any]
+    grid: tuple[int, ...]
 
     @property
     def name(self) -> str:
@@ -84,7 +85,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        launches.append(Launch(self, args, options))
+        launches.append(Launch(self, args, options, grid))
 
     front, JITFunction.run = JITFunction.run, run  # type: ignore[method-assign]
     try:

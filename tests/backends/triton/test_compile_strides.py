@@ -1,4 +1,4 @@
-"""Offsets of matrices whose rows and columns lie far apart, compiled ahead of time: no GPU is needed."""
+"""Large matrices: rows and columns far apart, and more of them than fit 32 bits; compiled, so no GPU is needed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from adalora_kernels.backends.triton.backward import split  # noqa: E402
-from adalora_kernels.backends.triton.forward import delta, one_pass, published, shrink_tail  # noqa: E402
+from adalora_kernels.backends.triton.backward import one_gemm, split  # noqa: E402
+from adalora_kernels.backends.triton.forward import blas, delta, one_pass, published, shrink_tail  # noqa: E402
 from adalora_kernels.backends.triton.forward.group import shrink_stack  # noqa: E402
 from adalora_kernels.backends.triton.stack import stacks  # noqa: E402
 from adalora_kernels.backends.triton.tiles import Family  # noqa: E402
 from adalora_kernels.reference.svd_linear import Adapter  # noqa: E402
 from tests.backends.triton.compiling import compile_launch, recorded_launches  # noqa: E402
+from tests.backends.triton.launches import on  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set in this process")
 
@@ -54,3 +55,33 @@ def test_no_stride_meets_a_block_in_32_bits(kernel: str) -> None:
     ttir = compile_launch(launch, Family.AMPERE).asm["ttir"]
     assert "%stride_" in ttir
     assert re.findall(r".*arith\.muli .*%stride_\w+.* : i32\b.*", ttir) == []
+
+
+@pytest.mark.parametrize("plan", [published, shrink_tail, one_gemm, split])
+def test_more_tokens_than_a_descriptor_counts(plan: Any) -> None:
+    """Its coordinates are of 32 bits: then the product goes through pointers, and compiles."""
+
+    def made(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    tokens = 1 << 31
+    x, g, u, w = made(tokens, 64), made(tokens, 64), made(tokens, R), made(64, 64)
+    adapter = Adapter(made(R, 64), made(R, 1), made(64, R), None, None, 1.0, 0.0, torch.bfloat16)
+    with on(Family.HOPPER), recorded_launches() as launches:
+        if plan in (published, shrink_tail):
+            plan.forward(x, w, None, None, adapter)
+        else:
+            plan.backward(g, x, u, w, adapter, (True, True, True, True))
+    launch = next(launch for launch in launches if launch.name.endswith("gemm_kernel"))
+    assert launch.options["DESCRIPTORS"] is False
+    assert "%M: i64" in compile_launch(launch, Family.HOPPER).asm["ttir"]
+
+
+def test_columns_are_not_an_axis_of_the_grid() -> None:
+    """An axis but the first has 65,535 blocks at most; fp32 tiles of the low-rank term have 32 columns."""
+    n = 1 << 22
+    adapter = ADAPTER._replace(lora_B=torch.empty(n, R, device="meta"), compute_dtype=torch.float32)
+    with recorded_launches() as launches:
+        blas.forward(X, torch.empty(n, K, device="meta"), None, None, adapter)
+    launch = next(launch for launch in launches if "low_rank" in launch.name)
+    assert launch.options["BLOCK_N"] * 65_535 < n and len(launch.grid) == 1

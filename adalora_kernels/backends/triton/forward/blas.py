@@ -48,8 +48,10 @@ def _svd_linear_low_rank_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """(u ⊙ λ) Bᵀ + b, a tile for each program; DEPENDENT: u may not be there yet."""
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)  # a second axis of the grid would end at 65,535 blocks of columns
+    m = (pid % blocks_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (pid // blocks_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     if DEPENDENT:
         gdc_wait()
@@ -91,7 +93,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, base: None, adapter:
     tile = configurations.choose("low_rank", tiles.width_of(compute_dtype), R, u, lora_B)
     launch(
         _svd_linear_low_rank_kernel,
-        (-(-M // tile.block_m), -(-N // tile.block_n)),
+        (-(-M // tile.block_m) * -(-N // tile.block_n),),
         bias,
         lora_E,
         lora_B,
