@@ -23,6 +23,7 @@ from adalora_kernels.ops.importance import LayerImportance, begin_layer, sink_of
 from adalora_kernels.reference.svd_linear import Adapter
 
 SEED_RANGE = 2**63 - 1
+_NOTHING = nullcontext()
 
 
 def svd_linear(
@@ -141,7 +142,7 @@ def _call(
 def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
     """Launchers cast by themselves. Entered only where autocast is on: even to turn off what is off takes 5 µs."""
     on = torch.is_autocast_enabled(x.device.type)
-    return torch.autocast(x.device.type, enabled=False) if on else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if on else _NOTHING
 
 
 @cache
@@ -231,9 +232,16 @@ class _SVDLinear(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # by create_graph
+            return _gradients_once(ctx, grad_y)
         return _gradients(ctx, grad_y, _backward)
+
+
+@once_differentiable
+def _gradients_once(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients that say so when they are differentiated themselves."""
+    return _gradients(ctx, grad_y, _backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
