@@ -1,11 +1,25 @@
-// Module adalora_kernels._C_cuda: CUDA implementations of the ops that adalora_kernels._C declares; import that first.
+// Module adalora_kernels._C_cuda: CUDA implementations of ops that adalora_kernels._C declares, and ops that the CPU has no
+// need of; import adalora_kernels._C first.
 #include <torch/csrc/stable/library.h>
 
 #include "common/module.h"
 #include "cuda/ops.h"
 
+STABLE_TORCH_LIBRARY_FRAGMENT(adalora_native, m) {
+  m.def(
+      "importance_handed_over(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor[] params, "
+      "Tensor[] grads, Tensor sums, Tensor probes, Tensor(d!) redone, Tensor known, float beta1, float beta2) -> Tensor");
+  m.def(
+      "finish_gradients(Tensor t_shares, Tensor a_shares, Tensor[] params, Tensor? mask, float scaling, "
+      "Tensor[] before, Tensor? slopes, int slopes_A, int slopes_B, Tensor? scale, Tensor(a!) state, Tensor half, "
+      "int first, Tensor(b!) sums, Tensor(c!) probes, Tensor(d!) ticket, float beta1, float beta2) "
+      "-> (Tensor, Tensor, Tensor)");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(adalora_native, CUDA, m) {
   m.impl("importance_update", TORCH_BOX(&adalora::cuda::importance_update));
+  m.impl("importance_handed_over", TORCH_BOX(&adalora::cuda::importance_handed_over));
+  m.impl("finish_gradients", TORCH_BOX(&adalora::cuda::finish_gradients));
 }
 
 ADALORA_MODULE(_C_cuda)

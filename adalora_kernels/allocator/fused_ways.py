@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from adalora_kernels.backends.select import select
+from adalora_kernels.backends.select import Backend, select
 from adalora_kernels.ops.importance import (
     LayerImportance,
     OrthogonalityShare,
+    finisher_of,
     hands_over,
     importance_handed_over,
     importance_layer,
@@ -119,8 +120,9 @@ class InTheLastStage:
 
     piecewise = True
 
-    def __init__(self, engine: BudgetEngine) -> None:
+    def __init__(self, engine: BudgetEngine, backend: Backend) -> None:
         self._engine = engine
+        self._finisher = finisher_of(backend)
         layout = engine.importance.layout
         self._handover = new_handover(layout, engine.importance.scores.device)
         pieces = zip(pairwise(sum_offsets(layout)), slots_of(layout), strict=True)
@@ -140,6 +142,7 @@ class InTheLastStage:
             self._probes[layer],
             engine.beta1,
             engine.beta2,
+            self._finisher,
         )
 
     def take(
@@ -174,7 +177,8 @@ def way_of(engine: BudgetEngine) -> Way:
     """The way of the backend that updates this engine's importance."""
     scores = engine.importance.scores
     chosen = select("importance", scores.device.type, scores.dtype, 0, engine.backend).backend
-    return InTheLastStage(engine) if hands_over(chosen) else AfterTheGradients(engine)
+    in_the_last_stage = hands_over(chosen, scores.device.type)
+    return InTheLastStage(engine, chosen) if in_the_last_stage else AfterTheGradients(engine)
 
 
 __all__ = ["AfterTheGradients", "InTheLastStage", "Planned", "Way", "way_of"]

@@ -1,4 +1,4 @@
-"""Typed launchers over the compiled extension: C++ on the CPU, and ``importance_update`` in CUDA C++ too.
+"""Typed launchers over the compiled extension: C++ on the CPU, and some in CUDA C++ (``native_cuda``).
 
 No GPU has run the CUDA code yet. It compiles without spills for sm_80, sm_90a and sm_100a, and tests run its kernels on
 the CPU, thread by thread.
@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adalora_kernels.backends.native_cuda import finish_gradients, importance_handed_over
 from adalora_kernels.backends.native_layer import svd_linear_backward, svd_linear_forward
 from adalora_kernels.reference.adamw import Importance
+from adalora_kernels.reference.handover import Handover
 from adalora_kernels.reference.importance import OrthogonalityShare, TripletLayout
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -56,10 +58,15 @@ def importance_update(
     scores: Tensor,
     beta1: float,
     beta2: float,
+    handed_over: tuple[Handover, list[bool]] | None = None,
 ) -> Tensor:
     """One step of the averages of all layers in one sweep; see ``reference.importance.importance_update``.
 
     Bitwise repeatable, whatever the number of threads. Parameters and gradients that aren't contiguous are copied.
+
+    Args:
+        handed_over: what backwards have left on CUDA, and of which of the 3n gradients it is, as far as the host knows.
+        The others as in the reference.
 
     Raises:
         ValueError: where a shape or a device is not the layout's or the state's.
@@ -77,7 +84,10 @@ def importance_update(
     given = [none if g is None else g for g in grads]
     try:
         with torch.no_grad():  # else the dispatcher asks each tensor whether it takes part in the graph
-            finite: Tensor = ops.importance_update(state, half, scores, sizes, params, given, beta1, beta2)
+            if handed_over is None:
+                finite: Tensor = ops.importance_update(state, half, scores, sizes, params, given, beta1, beta2)
+            else:
+                finite = importance_handed_over(state, half, scores, sizes, params, given, *handed_over, beta1, beta2)
     except RuntimeError:
         _refuse_parameters(layout, params, grads, state.device)
         raise
@@ -286,6 +296,7 @@ def _refuse_values(lora_E: Sequence[Tensor], total_rank: int) -> None:
 __all__ = [
     "adamw_update",
     "dropout",
+    "finish_gradients",
     "importance_layer",
     "importance_update",
     "instruction_set",

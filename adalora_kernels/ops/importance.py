@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from adalora_kernels.backends.select import Backend, implementation, select
-from adalora_kernels.reference.handover import Handover, LayerImportance
+from adalora_kernels.reference.handover import Finisher, Handover, LayerImportance
 from adalora_kernels.reference.importance import OrthogonalityShare, TripletLayout, triplet_scores
 
 
@@ -96,15 +96,21 @@ def importance_handed_over(
     return result
 
 
-def hands_over(backend: Backend) -> bool:
-    """Whether the stage that finishes a layer's gradients updates importance on this backend."""
-    return hasattr(implementation("importance", backend), "new_handover")
+def hands_over(backend: Backend, device_type: str) -> bool:
+    """Whether the stage that finishes a layer's gradients updates importance on this backend and device."""
+    return backend is Backend.TRITON or (backend is Backend.NATIVE and device_type == "cuda")
+
+
+def finisher_of(backend: Backend) -> Finisher | None:
+    """The stage of a backend that has no passes of its own before it; None where it is one with them."""
+    found: Finisher | None = getattr(implementation("importance", backend), "finish_gradients", None)
+    return found
 
 
 def offers_layer(backend: Backend, device_type: str) -> bool:
     """Whether importance can be fused into a layer's backward on this backend and device."""
     has_layer = hasattr(implementation("importance", backend), "importance_layer")
-    return hands_over(backend) or (has_layer and (backend is not Backend.NATIVE or device_type == "cpu"))
+    return hands_over(backend, device_type) or has_layer
 
 
 class Sink(Protocol):
@@ -144,7 +150,9 @@ def begin_layer(lora_A: Tensor, backend: Backend, needs: Sequence[bool]) -> Laye
         needs: whether dA, dE, dB are asked for.
     """
     sink = sink_of(lora_A)
-    return None if sink is None or not all(needs) or not hands_over(backend) else sink.begin_layer(lora_A)
+    if sink is None or not all(needs) or not hands_over(backend, lora_A.device.type):
+        return None
+    return sink.begin_layer(lora_A)
 
 
 def sink_of(lora_A: Tensor) -> Sink | None:
@@ -162,6 +170,7 @@ __all__ = [
     "Sink",
     "TripletLayout",
     "begin_layer",
+    "finisher_of",
     "hands_over",
     "importance_handed_over",
     "importance_layer",

@@ -21,12 +21,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from adalora_kernels.reference.importance import OrthogonalityShare, TripletLayout
+from adalora_kernels.reference.svd_linear import Adapter
 
 POSITIONS = 8  # columns of A or rows of B to a sum; of one sector, 32 bytes, in fp32
 PROBES = 64
@@ -46,6 +47,23 @@ class Handover(NamedTuple):
     redone: Tensor
 
 
+class Finisher(Protocol):
+    """Another backend's stage."""
+
+    def __call__(
+        self, t: Tensor, da_shares: Tensor, adapter: Adapter, importance: LayerImportance, ticket: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dA, dE and dB, contiguous.
+
+        Args:
+            t: contiguous fp32 [slabs, N, at least R], each slab's share of T = gᵀ u.
+            da_shares: likewise [slabs, K, at least R] of dAᵀ.
+            adapter: of the layer.
+            importance: to be updated.
+            ticket: int32, 0 in its first element, and again once the stage has run.
+        """
+
+
 @dataclass
 class LayerImportance:
     """What the stage that finishes one layer's gradients needs besides these.
@@ -57,6 +75,7 @@ class LayerImportance:
         term: what the orthogonality term adds to the new gradients.
         sums, probes: this layer's of ``Handover``: [slots, R] and [3, PROBES].
         beta1, beta2: the smoothing factors.
+        finisher: who finishes the gradients in the place of the layer's own backend, if not that itself.
         done: set by the launcher of the stage; a backward without low-rank sums never comes to it.
 
     The parameters are contiguous and of 16 or 32 bits, and all three gradients are asked for.
@@ -71,6 +90,7 @@ class LayerImportance:
     probes: Tensor
     beta1: float
     beta2: float
+    finisher: Finisher | None = None
     done: bool = False
 
 
@@ -112,6 +132,7 @@ def probes_of(grads: Sequence[Tensor]) -> Tensor:
 __all__ = [
     "POSITIONS",
     "PROBES",
+    "Finisher",
     "Handover",
     "LayerImportance",
     "new_handover",

@@ -3,77 +3,101 @@
 // One launch reads θ, g, Ī, Ū of the whole model and writes the other half of Ī, Ū: 24 bytes an element in fp32. Its
 // addresses are kernel arguments, since gradients move from step to step. A second, small launch adds up the partial
 // sums and, if every s was finite, commits the scores and flips the half on the device.
+// Where a backward has updated a parameter already, the sums that it left are added up in place of the elements.
 // Sums have a fixed order and there are no atomics: bitwise repeatable. No host sync.
 // No GPU has run this yet. It is compiled for three, and tests/csrc runs it on a CPU (emulated/cuda_runtime.h).
-#include "common/half.h"
+#include "cuda/elements.h"
 #include "cuda/importance.h"
 
 namespace adalora::cuda {
 
 namespace {
 
+// Elements of a thread in flight: what four blocks on a multiprocessor have registers for.
 template <typename T>
-__device__ __forceinline__ T read(const void* data, uint8_t dtype, int64_t i) {
-  switch (static_cast<DType>(dtype)) {
-    case DType::kFloat32: return static_cast<T>(static_cast<const float*>(data)[i]);
-    case DType::kFloat64: return static_cast<T>(static_cast<const double*>(data)[i]);
-    case DType::kBFloat16: return from_bfloat16(static_cast<const uint16_t*>(data)[i]);
-    default: return from_float16(static_cast<const uint16_t*>(data)[i]);
-  }
-}
+constexpr int kUnroll = 16 / sizeof(T);
 
 // One of the three parameters of a layer, and the averages that go with it.
 template <typename T>
 struct Part {
   const void *param, *grad;
   uint8_t param_dtype, grad_dtype;
-  const T *average, *uncertainty;
-  T *new_average, *new_uncertainty;
+  Averages<T> averages;
 
   __device__ Part(const Layer& layer, int part, const Update<T>& update)
       : param(layer.param[part]),
         grad(layer.grad[part]),
         param_dtype(layer.param_dtype[part]),
-        grad_dtype(layer.grad_dtype[part]) {
+        grad_dtype(layer.grad_dtype[part]),
+        averages(update.state, update.half, update.elements, offset_of(layer, part)) {}
+
+  __device__ static int64_t offset_of(const Layer& layer, int part) {
     const int64_t a = static_cast<int64_t>(layer.r) * layer.k;
-    const int64_t offset = layer.offset + (part == 0 ? 0 : part == 1 ? a : a + layer.r);
-    const int64_t current = *update.half;
-    T *old = update.state + current * 2 * update.elements + offset;
-    T *fresh = update.state + (1 - current) * 2 * update.elements + offset;
-    average = old;
-    uncertainty = old + update.elements;
-    new_average = fresh;
-    new_uncertainty = fresh + update.elements;
+    return layer.offset + (part == 0 ? 0 : part == 1 ? a : a + layer.r);
   }
 
   // Updates one element and returns its s; clears `finite` where that isn't.
   __device__ __forceinline__ T step(int64_t i, const Smoothing<T>& smoothing, bool& finite) const {
-    T a = average[i], u = uncertainty[i], s = a * u;
-    if (grad != nullptr) {
-      const T g = read<T>(grad, grad_dtype, i);
-      s = update_element(read<T>(param, param_dtype, i), g, a, u, smoothing);
-      finite &= isfinite(s);
-    }
-    new_average[i] = a;
-    new_uncertainty[i] = u;
+    if (grad == nullptr) return averages.carry(i);
+    const T s = averages.step(i, read<T>(param, param_dtype, i), read<T>(grad, grad_dtype, i), smoothing);
+    finite &= isfinite(s);
     return s;
   }
 };
+
+// Whether the gradient of a part is still the one that its backward has left. All threads of the block ask.
+template <typename T>
+__device__ bool is_as_seen(const Layer& layer, int part, const Update<T>& update) {
+  if (!layer.known[part]) return false;
+  const int32_t tensor = 3 * layer.number + part, i = threadIdx.x;
+  const int32_t length = part == 0 ? layer.k : part == 1 ? layer.r : layer.n, position = i * probe_step(length);
+  bool same = true;
+  if (i < kProbes && position < length) {
+    const int64_t triplet = i % layer.r;
+    const int64_t at = part == 0   ? triplet * layer.k + position
+                       : part == 1 ? position
+                                   : static_cast<int64_t>(position) * layer.r + triplet;
+    const float now = read<float>(layer.grad[part], layer.grad_dtype[part], at);
+    same = bits_of(now) == bits_of(update.handover.probes[static_cast<int64_t>(tensor) * kProbes + i]);
+  }
+  same = __syncthreads_and(same);
+  if (i == 0) update.handover.redone[tensor] = !same;
+  return same;
+}
+
+// The sum over slots that a backward has left of a triplet; clears `finite` where one says that some s isn't.
+template <typename T>
+__device__ T left_sum(const Layer& layer, const Update<T>& update, int32_t first, int32_t begin, int32_t end,
+                      int32_t step, int32_t triplet, bool& finite) {
+  T sum = 0;
+  for (int32_t slot = begin; slot < end; slot += step) {
+    const float left = update.handover.sums[layer.left + static_cast<int64_t>(first + slot) * layer.r + triplet];
+    finite &= left == left;
+    sum += left;
+  }
+  return sum;
+}
 
 // A warp takes a piece of a row of A.
 template <typename T>
 __device__ bool sweep_rows(const Layer& layer, int32_t item, const Update<T>& update) {
   const int32_t unit = item * kUnits + threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t count = pieces(layer);
+  const bool as_seen = is_as_seen(layer, 0, update);
   bool finite = true;
   if (unit >= layer.r * count) return finite;
-  const Part<T> part(layer, 0, update);
-  const int64_t row = static_cast<int64_t>(unit / count) * layer.k;
+  const int32_t triplet = unit / count;
   const int32_t begin = unit % count * kPieceElements;
   const int32_t end = min(layer.k, begin + kPieceElements);
   T sum = 0;
-#pragma unroll 4
-  for (int32_t i = begin + lane; i < end; i += 32) sum += part.step(row + i, update.smoothing, finite);
+  if (as_seen) {
+    sum = left_sum(layer, update, 0, begin / kPositions + lane, slots(end), 32, triplet, finite);
+  } else {
+    const Part<T> part(layer, 0, update);
+    const int64_t row = static_cast<int64_t>(triplet) * layer.k;
+#pragma unroll kUnroll<T>
+    for (int32_t i = begin + lane; i < end; i += 32) sum += part.step(row + i, update.smoothing, finite);
+  }
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffff, sum, offset);
   if (lane == 0) update.sums[layer.sums + unit] = sum;
   return finite;
@@ -83,6 +107,7 @@ __device__ bool sweep_rows(const Layer& layer, int32_t item, const Update<T>& up
 template <typename T>
 __device__ bool sweep_slab(const Layer& layer, int32_t item, const Update<T>& update) {
   __shared__ T column[kThreads];
+  const bool as_seen = is_as_seen(layer, 2, update);
   const Part<T> part(layer, 2, update);
   const int32_t begin = item * slab_rows(layer), end = min(layer.n, begin + slab_rows(layer));
   T* sums = update.sums + layer.sums + layer.r * (pieces(layer) + 1) + static_cast<int64_t>(item) * layer.r;
@@ -91,8 +116,11 @@ __device__ bool sweep_slab(const Layer& layer, int32_t item, const Update<T>& up
     const int32_t width = min(kThreads, layer.r - first), groups = kThreads / width;
     const int32_t group = threadIdx.x / width, j = threadIdx.x % width;
     T sum = 0;
-    if (group < groups) {
-#pragma unroll 4
+    if (group < groups && as_seen) {
+      sum = left_sum(layer, update, slots(layer.k) + 1, begin / kPositions + group, slots(end), groups, first + j,
+                     finite);
+    } else if (group < groups) {
+#pragma unroll kUnroll<T>
       for (int32_t row = begin + group; row < end; row += groups)
         sum += part.step(static_cast<int64_t>(row) * layer.r + first + j, update.smoothing, finite);
     }
@@ -109,15 +137,18 @@ __device__ bool sweep_slab(const Layer& layer, int32_t item, const Update<T>& up
 
 template <typename T>
 __device__ bool sweep_values(const Layer& layer, const Update<T>& update) {
+  const bool as_seen = is_as_seen(layer, 1, update);
   const Part<T> part(layer, 1, update);
+  T* sums = update.sums + layer.sums + layer.r * pieces(layer);
   bool finite = true;
   for (int32_t i = threadIdx.x; i < layer.r; i += kThreads)
-    update.sums[layer.sums + layer.r * pieces(layer) + i] = part.step(i, update.smoothing, finite);
+    sums[i] = as_seen ? left_sum(layer, update, slots(layer.k), 0, 1, 1, i, finite)
+                      : part.step(i, update.smoothing, finite);
   return finite;
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     importance_sweep(const __grid_constant__ Layers layers, const __grid_constant__ Update<T> update,
                      int32_t first_block) {
   const int32_t block = blockIdx.x;
@@ -170,14 +201,14 @@ cudaError_t importance_update(const std::vector<Layers>& launches, const Update<
   int32_t first = 0;
   for (const Layers& layers : launches) {
     if (layers.blocks == 0) continue;
-    const cudaError_t error = launch(importance_sweep<T>, layers.blocks, stream, layers, update, first);
+    const cudaError_t error = launch(importance_sweep<T>, layers.blocks, kThreads, stream, layers, update, first);
     if (error != cudaSuccess) return error;
     first += layers.blocks;
   }
   for (const Layers& layers : launches) {
     const int32_t blocks = layers.count > 0 ? layers.count : 1;
     const bool last = &layers == &launches.back();
-    const cudaError_t error = launch(importance_commit<T>, blocks, stream, layers, update, last);
+    const cudaError_t error = launch(importance_commit<T>, blocks, kThreads, stream, layers, update, last);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

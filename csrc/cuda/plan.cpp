@@ -7,7 +7,7 @@
 namespace adalora::cuda {
 
 Plan plan_of(const int64_t* sizes, int64_t layers, const std::vector<Operand>& params,
-             const std::vector<Operand>& grads) {
+             const std::vector<Operand>& grads, const bool* known) {
   constexpr int64_t limit = std::numeric_limits<int32_t>::max();
   Plan plan;
   for (int64_t i = 0; i < layers; ++i) {
@@ -23,6 +23,7 @@ Plan plan_of(const int64_t* sizes, int64_t layers, const std::vector<Operand>& p
       layer.param_dtype[part] = static_cast<uint8_t>(param.dtype);
       layer.grad[part] = grad.data;
       layer.grad_dtype[part] = static_cast<uint8_t>(grad.dtype);
+      layer.known[part] = known != nullptr && known[3 * i + part] && grad.data != nullptr;
     }
     layer.offset = plan.elements;
     layer.r = static_cast<int32_t>(r);
@@ -31,12 +32,15 @@ Plan plan_of(const int64_t* sizes, int64_t layers, const std::vector<Operand>& p
     layer.rank_offset = static_cast<int32_t>(plan.rank);
     layer.sums = static_cast<int32_t>(plan.sums);
     layer.block = launch.blocks;
+    layer.number = static_cast<int32_t>(i);
+    layer.left = static_cast<int32_t>(plan.left);
     launch.blocks += blocks_of(layer);
     plan.blocks += blocks_of(layer);
     plan.sums += sums_of(layer);
+    plan.left += r * (slots(layer.k) + 1 + slots(layer.n));
     plan.elements += r * (k + 1 + n);
     plan.rank += r;
-    STD_TORCH_CHECK(plan.sums < limit && plan.blocks < limit, "shapes: the model is too large");
+    STD_TORCH_CHECK(plan.sums < limit && plan.left < limit && plan.blocks < limit, "shapes: the model is too large");
   }
   return plan;
 }

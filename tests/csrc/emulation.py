@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
+from adalora_kernels.reference.handover import Handover, LayerImportance
 from adalora_kernels.reference.importance import TripletLayout
+from adalora_kernels.reference.svd_linear import Adapter
 
 CSRC = Path(__file__).parents[2] / "csrc"
 EMULATED = Path(__file__).parent / "emulated"
-SOURCES = [CSRC / "cuda" / "importance.cu", CSRC / "cuda" / "plan.cpp", *sorted(EMULATED.glob("*.cpp"))]
+SOURCES = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "cuda" / "plan.cpp", *sorted(EMULATED.glob("*.cpp"))]
 # No contraction, as in setup.py.
 FLAGS = ["-O1", "-std=c++20", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS += ["-Wno-missing-field-initializers"]
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -49,7 +52,7 @@ class Emulation:
         target = folder / "emulated.so"
         execute("-shared", *map(str, self._objects), "-o", str(target))
         self._library = ctypes.CDLL(str(target))
-        self._library.importance_update.restype = ctypes.c_char_p
+        self._library.importance_update.restype = self._library.finish.restype = ctypes.c_char_p
         self.launches = 0
 
     def with_fault(self, folder: Path, old: str, new: str) -> Emulation:
@@ -78,33 +81,64 @@ class Emulation:
         scores: Tensor,
         beta1: float,
         beta2: float,
+        handed_over: tuple[Handover, list[bool]] | None = None,
     ) -> Tensor:
-        """As ``reference.importance.importance_update``, of contiguous tensors."""
+        """As ``native.importance_update``, of contiguous tensors."""
         taken, launches = torch.zeros(1, dtype=torch.bool), ctypes.c_int64()
+        left: list[Tensor | None] = [None] * 4
+        if handed_over is not None:
+            left = [torch.tensor(handed_over[1]), *handed_over[0]]
         problem = self._library.importance_update(
             ctypes.c_bool(state.dtype == torch.float64),
             _numbers([size for sizes in zip(*layout.shapes, strict=True) for size in sizes]),
             ctypes.c_int64(len(layout.shapes)),
             *_operands(params),
             *_operands(grads),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (state, half, scores)),
+            *map(_address, (state, half, scores)),
             ctypes.c_double(beta1),
             ctypes.c_double(beta2),
-            ctypes.c_void_p(taken.data_ptr()),
+            *map(_address, (taken, *left)),
             ctypes.byref(launches),
         )
         assert problem is None, problem.decode()
         self.launches = launches.value
         return taken
 
+    def finish_gradients(
+        self, t: Tensor, da_shares: Tensor, adapter: Adapter, importance: LayerImportance, ticket: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``native.finish_gradients``, of contiguous tensors."""
+        params = [adapter.lora_A, adapter.lora_E, adapter.lora_B]
+        grads = [torch.full_like(p, torch.nan) for p in params]
+        term, slopes = importance.term, [None] * 3
+        if term is not None:
+            slopes = [term.slopes[term.offset_A :], term.slopes[term.offset_B :], term.scale]
+        (R, K), N = adapter.lora_A.shape, adapter.lora_B.shape[0]
+        numbers = [len(t), len(da_shares), t.shape[2], R, K, N, importance.state.numel() // 4, importance.first]
+        tensors = [t, da_shares, *params, *importance.before, *grads, adapter.mask, *slopes, importance.state]
+        tensors += [importance.half, importance.sums, importance.probes, ticket]
+        problem = self._library.finish(
+            _numbers([*numbers, *(_DTYPES[p.dtype] for p in params)]),
+            _addresses(tensors),
+            *map(ctypes.c_double, (adapter.scaling, importance.beta1, importance.beta2)),
+        )
+        assert problem is None, problem.decode()
+        return grads[0], grads[1], grads[2]
+
 
 def _numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(values))(*values)
 
 
+def _address(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None or tensor.numel() == 0 else tensor.data_ptr())
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    assert all(t is None or t.is_contiguous() for t in tensors)
+    return (ctypes.c_void_p * len(tensors))(*map(_address, tensors))
+
+
 def _operands(tensors: Sequence[Tensor | None]) -> tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_int64]]:
     """Addresses, null where there is none, and dtypes."""
-    assert all(t is None or t.is_contiguous() for t in tensors)
-    addresses = [None if t is None or t.numel() == 0 else t.data_ptr() for t in tensors]
-    dtypes = [0 if t is None else _DTYPES[t.dtype] for t in tensors]
-    return (ctypes.c_void_p * len(tensors))(*addresses), _numbers(dtypes)
+    return _addresses(tensors), _numbers([0 if t is None else _DTYPES[t.dtype] for t in tensors])

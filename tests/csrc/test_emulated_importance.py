@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,12 @@ from adalora_kernels.testing.tolerances import assert_within_budget
 from tests.backends.test_native_importance import DTYPES, Case, run
 from tests.csrc.emulation import Emulation
 
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-
 # Every kind of item: a row of A in several pieces, a slab of B that isn't the last, more triplets than threads.
 LAYOUTS = {
     "ranks": ((0, 5, 7), (1, 1, 1), (8, 64, 33), (12, 100, 70), (33, 31, 17), (64, 40, 9)),
     "ragged": ((12, 2049, 1400), (3, 4097, 5462), (8, 2048, 2048), (1, 1, 16385)),
     "more triplets than threads": ((300, 33, 120), (257, 9, 1)),
 }
-
-
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
-    return Emulation(tmp_path_factory.mktemp("emulated"))
 
 
 def assert_matches_reference(emulation: Emulation, case: Case) -> None:

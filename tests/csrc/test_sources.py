@@ -13,7 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-KERNELS = sorted(CSRC.glob("cuda/*.cu"))
+# How many each file has, and registers that a thread may take: for four blocks of 256 on a multiprocessor, five of 128.
+KERNELS = {"importance.cu": (4, 64), "finish.cu": (1, 96)}
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100a": "compute_100a"}
 
 
@@ -24,17 +25,18 @@ def output_of(command: list[str]) -> str:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+@pytest.mark.parametrize("source", sorted(CSRC.glob("cuda/*.cu")), ids=lambda path: path.name)
 @pytest.mark.parametrize("code", ARCHITECTURES)
 def test_kernels_spill_nothing(source: Path, code: str, tmp_path: Path) -> None:
+    count, most = KERNELS[source.name]
     gencode = f"arch={ARCHITECTURES[code]},code={code}"
     command = ["nvcc", "-O3", "-std=c++20", "-fmad=false", f"-I{CSRC}", "-gencode", gencode, "-Xptxas", "-v"]
     report = output_of([*command, "-c", str(source), "-o", str(tmp_path / "kernel.o")])
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
-    assert len(spills) == len(registers) == 4, report  # sweep and commit, each in fp32 and fp64
+    assert len(spills) == len(registers) == count, report
     assert all(spill == ("0", "0") for spill in spills), report
-    assert max(registers) <= 64, report  # four blocks of 256 threads on a multiprocessor
+    assert max(registers) <= most, report
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="hot loops are compiled once here")

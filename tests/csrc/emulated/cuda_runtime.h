@@ -17,7 +17,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static  // one block at a time, each instance of a kernel with its own
 
 struct dim3 {
@@ -60,6 +60,14 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   return emulated::run(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
+}
+
+inline void __threadfence() {}  // all threads of all blocks run on one of the CPU's
+
+inline int32_t atomicAdd(int32_t* address, int32_t value) {
+  const int32_t before = *address;
+  *address += value;
+  return before;
 }
 
 inline void __syncthreads() { emulated::synchronize(emulated::Barrier::kPlain, true); }

@@ -264,6 +264,10 @@ def finish(
     (R, K), N = lora_A.shape, lora_B.shape[0]
     _, need_A, need_E, need_B = needs
     device = lora_A.device
+    if importance is not None and importance.finisher is not None:
+        assert t is not None and da_shares is not None
+        importance.done = True
+        return importance.finisher(t, da_shares, adapter, importance, workspace(device, 0))
     dA = torch.empty((R, K), dtype=lora_A.dtype, device=device) if need_A else None
     dE = torch.empty(lora_E.shape, dtype=lora_E.dtype, device=device) if need_E else None
     dB = torch.empty((N, R), dtype=lora_B.dtype, device=device) if need_B else None

@@ -1,0 +1,76 @@
+"""What the extension has for CUDA alone: importance fused into a backward (``reference.handover``).
+
+The passes before the stage that finishes a layer's gradients are Triton's, as the layer is; that stage can be either's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adalora_kernels.reference.handover import Handover, LayerImportance
+from adalora_kernels.reference.svd_linear import Adapter
+
+
+def importance_handed_over(
+    state: Tensor,
+    half: Tensor,
+    scores: Tensor,
+    sizes: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    handover: Handover,
+    known: list[bool],
+    beta1: float,
+    beta2: float,
+) -> Tensor:
+    """``native.importance_update`` where backwards have updated the ``known`` gradients' parameters.
+
+    ``sizes``: R, K, N of each layer, int64 [3, n] on the CPU. A gradient without elements: there is none.
+    """
+    on_host = torch.tensor(known, dtype=torch.bool)
+    finite: Tensor = torch.ops.adalora_native.importance_handed_over(
+        state, half, scores, sizes, params, grads, *handover, on_host, beta1, beta2
+    )
+    return finite
+
+
+def finish_gradients(
+    t: Tensor, da_shares: Tensor, adapter: Adapter, importance: LayerImportance, ticket: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dA, dE and dB of a layer, with its importance updated in the same launch; see ``reference.handover``.
+
+    Bitwise repeatable. Arguments as in ``reference.handover.Finisher``.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that the kernel does not take. Nothing changes.
+    """
+    lora_A, lora_E, lora_B, mask, _, scaling, _, _ = adapter
+    none = importance.state.new_empty(0)
+    slopes, offset_A, offset_B, scale = (None, 0, 0, None) if importance.term is None else importance.term
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.adalora_native.finish_gradients(
+        t,
+        da_shares,
+        [lora_A.detach(), lora_E.detach(), lora_B.detach()],
+        None if mask is None else mask.reshape(-1).float(),
+        scaling,
+        [none if g is None else g for g in importance.before],
+        None if slopes is None else slopes.float(),
+        offset_A,
+        offset_B,
+        None if scale is None else scale.float(),
+        importance.state,
+        importance.half,
+        importance.first,
+        importance.sums,
+        importance.probes,
+        ticket,
+        importance.beta1,
+        importance.beta2,
+    )
+    return gradients
+
+
+__all__ = ["finish_gradients", "importance_handed_over"]
