@@ -8,17 +8,18 @@ own gradients arrive there too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from adalora_kernels.backends.select import Backend, implementation, select
 from adalora_kernels.ops.checks import floating_state_dtype
 from adalora_kernels.ops.importance import sink_of
+from adalora_kernels.ops.once import differentiable_once
 from adalora_kernels.ops.shards import are_partitioned, are_sharded, whole_matrices
 
 
@@ -56,10 +57,12 @@ def orthogonality_loss(
     """
     if not lora_A and not lora_B:
         raise ValueError("lora_A, lora_B: expected at least one matrix, got none")
-    if weight < 0:
-        raise ValueError(f"weight: expected at least 0, got {weight}")
+    if not isinstance(weight, int | float):
+        raise TypeError(f"weight: expected a number, got {type(weight).__name__}")
+    if not 0 <= weight < math.inf:
+        raise ValueError(f"weight: expected a finite number of at least 0, got {weight}")
     matrices = (*lora_A, *lora_B)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _traced(lora_A, lora_B, float(weight), squared)
     possible = accumulate is not False and can_accumulate(matrices)
     if accumulate and not possible:
@@ -75,7 +78,8 @@ def orthogonality_loss(
 
 
 def _traced(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], weight: float, squared: bool) -> Tensor:
-    """The same as an expression, for the compiler to differentiate and fuse: nothing goes behind autograd's back."""
+    """The same as an expression, for the compiler to differentiate and fuse, and for torch.func to transform: nothing
+    goes behind autograd's back."""
     matrices = [*lora_A, *(b.t() for b in lora_B)]
     dtype = floating_state_dtype(matrices)
     norms = []
@@ -188,7 +192,7 @@ class _Orthogonality(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_value: Tensor) -> tuple[Tensor | None, ...]:
         grads = ctx.term.gradients(ctx.saved_tensors[0], grad_value)
         needs = ctx.needs_input_grad[1:]
@@ -206,7 +210,7 @@ class _AccumulatedOrthogonality(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_value: Tensor) -> tuple[None, None]:
         (leaf, _), *_ = ctx.next_functions
         try:

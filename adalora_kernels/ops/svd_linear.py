@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from adalora_kernels.backends.select import Backend, Selection, implementation, select
+from adalora_kernels.backends.select import Backend, Selection, implementation, parse, select
 from adalora_kernels.ops.checks import check_layer
 from adalora_kernels.ops.importance import LayerImportance, begin_layer, sink_of
+from adalora_kernels.ops.once import differentiable_once
 from adalora_kernels.reference.svd_linear import Adapter
+from adalora_kernels.reference.svd_linear import forward as expression
 
 SEED_RANGE = 2**63 - 1
 _NOTHING = nullcontext()
@@ -65,7 +66,7 @@ def svd_linear(
     Raises:
         TypeError: an argument is not a floating-point tensor.
         ValueError: a shape, device or probability does not fit; the message names the argument.
-        RuntimeError: the backend or plan asked for can't run.
+        RuntimeError: the backend or plan asked for can't run; nor does any but the reference under torch.func.
     """
     if weight is None:
         raise TypeError("weight: expected a tensor, got NoneType; svd_linear_into takes a base's output instead")
@@ -133,10 +134,30 @@ def _call(
         # Names only: the op chooses when it runs, where the compiler doesn't trace.
         name = backend.value if isinstance(backend, Backend) else backend or "auto"
         y, _ = torch.ops.adalora.svd_linear_forward(x, weight, bias, base, *adapter, name)
+    elif torch._C._are_functorch_transforms_active():
+        y = _as_expression(x, weight, bias, base, adapter, backend)
     else:
         selection = select("svd_linear", x.device.type, dtype, lora_A.shape[0], backend)
         y, _ = _SVDLinear.apply(x, weight, bias, base, *adapter, selection)
     return y
+
+
+def _as_expression(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base: Tensor | None,
+    adapter: Adapter,
+    backend: str | Backend | None,
+) -> Tensor:
+    """The reference's expression, which torch.func can transform (grad, vmap, jvp); a Function of ours it can't."""
+    if parse(backend) not in (None, Backend.REFERENCE):
+        raise RuntimeError(f"backend: expected None or 'reference' under torch.func's transforms, got {backend!r}")
+    tokens, n = math.prod(x.shape[:-1]), adapter.lora_B.shape[0]
+    base_2d = None if base is None else base.reshape(tokens, n).clone()
+    with autocast_off(x):
+        y, _ = expression(x.reshape(tokens, x.shape[-1]), weight, bias, base_2d, adapter)
+    return y.reshape(*x.shape[:-1], n)
 
 
 def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
@@ -232,16 +253,9 @@ class _SVDLinear(torch.autograd.Function):
         return output
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # by create_graph
-            return _gradients_once(ctx, grad_y)
         return _gradients(ctx, grad_y, _backward)
-
-
-@once_differentiable
-def _gradients_once(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients that say so when they are differentiated themselves."""
-    return _gradients(ctx, grad_y, _backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from adalora_kernels.backends.select import Backend, Selection, select
 from adalora_kernels.ops.checks import check_layer
 from adalora_kernels.ops.importance import begin_layer, sink_of
+from adalora_kernels.ops.once import differentiable_once
 from adalora_kernels.ops.svd_linear import SEED_RANGE, autocast_off, compute_dtype_of, launchers, svd_linear
 from adalora_kernels.reference import svd_linear_group as one_by_one
 from adalora_kernels.reference.svd_linear import Adapter
@@ -69,13 +69,16 @@ def svd_linear_group(
         ValueError: a shape, device or probability does not fit, or there is no layer; the message names the argument.
         RuntimeError: the backend or plan asked for can't run.
     """
-    group = [layer if type(layer) is GroupedLayer else GroupedLayer(*layer) for layer in layers]
+    try:
+        group = [layer if type(layer) is GroupedLayer else GroupedLayer(*layer) for layer in layers]
+    except TypeError:
+        raise TypeError(f"layers: expected {GroupedLayer._fields} of each layer, got {layers!r:.80}") from None
     if not group:
         raise ValueError("layers: expected at least one layer, got none")
     probability = dropout_p if training else 0.0
     for i, layer in enumerate(group):
         _check(i, x, layer, probability)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         settings: dict[str, Any] = {"dropout_p": probability, "backend": backend}
         return tuple(
             svd_linear(x, w, a, e, b, bias=bias, mask=mask, scaling=c, **settings)
@@ -164,7 +167,7 @@ class _SVDLinearGroup(torch.autograd.Function):
         return tuple(torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[1])) for y, _ in made)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grad_ys: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, numbers = ctx.saved_tensors, ctx.numbers
         x, count = saved[0], len(numbers)
