@@ -158,6 +158,9 @@ def without_waits(model: nn.Module) -> None:
             module.register_forward_pre_hook(with_causal_mask, with_kwargs=True)
         if isinstance(module, DebertaV2ForSequenceClassification):
             module.config.problem_type = "single_label_classification"
+            module.classifier.register_forward_hook(
+                lambda layer, args, logits: logits.float()
+            )  # as its other loss does
         if isinstance(module, DebertaV2Model):
             module.register_forward_pre_hook(with_mask, with_kwargs=True)
             module.encoder.register_forward_pre_hook(with_positions, with_kwargs=True)

@@ -78,7 +78,8 @@ class System:
         for _, part in self.phases(batch):
             part()
         assert self.loss is not None
-        return self.loss.detach()
+        loss, self.loss = self.loss.detach(), None  # the graph goes with it, before another stream makes the next
+        return loss
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -107,15 +108,18 @@ def systems(
     torch.manual_seed(0)
     with torch.device(device):  # where a large model is made in a moment
         base = model.build().to(dtype)
-    torch.manual_seed(1)
     lora_config = LoraConfig(r=lora or rank, lora_alpha=ALPHA, target_modules=model.targets)
     config = AdaLoraConfig(
         # Any task type that adds nothing to the model: without one PEFT leaves its orthogonality term out.
         task_type="FEATURE_EXTRACTION", init_r=rank, target_r=target or rank // TARGET_SHARE, tinit=10, tfinal=10,
         deltaT=1, total_step=TOTAL_STEPS, lora_alpha=ALPHA, orth_reg_weight=ORTHOGONALITY, target_modules=model.targets,
     )  # fmt: skip
-    sources = {LORA: get_peft_model(copy.deepcopy(base), lora_config)} if LORA in names else {}
+    sources = {}
+    if LORA in names:
+        torch.manual_seed(1)
+        sources[LORA] = get_peft_model(copy.deepcopy(base), lora_config)
     if {PEFT, OURS, OURS_SWEPT, OURS_AGAIN} & set(names):
+        torch.manual_seed(2)
         sources[PEFT] = get_peft_model(copy.deepcopy(base), config)
         for name, parameter in sources[PEFT].named_parameters():
             if ".lora_E." in name:

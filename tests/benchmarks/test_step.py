@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import rows
-from benchmarks.step import graphed, measure, models, names, systems
+from benchmarks.step import compiled, graphed, measure, models, names, systems
 from benchmarks.step.rehearsal import Rehearsal
 
 TINY = [replace(model, rows=2, columns=8) for model in models.SMALL]
@@ -86,6 +86,27 @@ def test_captured_steps_must_train_as_eager_ones_do(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(graphed, "captured", faulty)
     with pytest.raises(AssertionError, match="frozen model, captured: losses differ from frozen model's"):
         graphed.measure(models.DRY, 4, torch.float32, "cpu", 1, rounds=2, warmup=0)
+
+
+def test_what_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that raises, and those that train otherwise."""
+
+    def faulty(model: torch.nn.Module, **_: Any) -> Any:
+        def refusing(**batch: torch.Tensor) -> Any:
+            raise RuntimeError("no compiler")
+
+        if model.peft_type == "LORA":
+            return refusing
+        for name, parameter in model.named_parameters():
+            parameter.data *= 2 if ".lora_E." in name else 1
+        return model
+
+    monkeypatch.setattr(torch, "compile", faulty)
+    record = compiled.measure(models.DRY, 4, torch.float32, "cpu", 1, rounds=2, warmup=0)
+    assert record["not_compiled"].pop(names.LORA) == "RuntimeError: no compiler"
+    assert set(record["not_compiled"]) == {names.OURS, names.OURS_SWEPT} and record["ours_over_lora"] == {}
+    assert all("losses differ from PEFT AdaLoRA's" in why for why in record["not_compiled"].values())
+    assert list(record["milliseconds"]) == [names.eager(names.LORA)]
 
 
 class _Crossings(TorchDispatchMode):
