@@ -97,5 +97,5 @@ def test_a_backend_by_name_is_refused() -> None:
 def test_a_second_derivative_is_refused() -> None:
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     (first,) = torch.autograd.grad(_network()(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="trying to differentiate twice"):
+    with pytest.raises(RuntimeError, match="no kernel has second derivatives"):
         first.square().sum().backward()
