@@ -134,7 +134,7 @@ def _run_layer(c: Configuration, call: Call) -> None:
 
 
 def _run_group(c: Configuration, call: Call) -> None:
-    """Layers that fill the stack; with few tokens K is cut into slices."""
+    """Layers that fill the stack; up to 64 tokens K is cut into slices."""
     compute, operand = _dtypes(c)
     features, tokens = 1024, call.tokens or 1 << 8
     if c.width is Width.MIXED and c.kernel == "group_shrink":
