@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor | None, ...]
-_REFUSAL = (
-    b"adalora_kernels: a gradient made with create_graph=True was differentiated; no kernel has second derivatives"
-)
+_REFUSAL = b"adalora_kernels: no kernel has second derivatives, and one was asked for (create_graph=True)"
 
 
 def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
@@ -31,9 +29,8 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
             results = backward(ctx, *grads)
         if all(result is None for result in results):
             return results
-        refused = torch._C._functions.DelayedError(_REFUSAL, len(results))(
-            *(None if result is None else result.detach().requires_grad_() for result in results)
-        )
+        fresh: list[Any] = [None if result is None else result.detach().requires_grad_() for result in results]
+        refused = torch._C._functions.DelayedError(_REFUSAL, len(results))(*fresh)
         return refused if isinstance(refused, tuple) else (refused,)
 
     return guarded

@@ -212,7 +212,7 @@ def test_gradients_of_gradients_are_refused() -> None:
     y = svd_linear(i.x, i.weight, a, i.lora_E, i.lora_B)
     (grad,) = torch.autograd.grad(y.sum(), a, create_graph=True)
     assert torch.equal(grad, torch.autograd.grad(svd_linear(i.x, i.weight, a, i.lora_E, i.lora_B).sum(), a)[0])
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="no kernel has second derivatives"):
         grad.sum().backward()
 
 
