@@ -251,8 +251,10 @@ class FusedImportance:
             self._note(f"launched before the step: {because}")
             return None
         finite = self._way.commit(params, known)
-        but = f" but for {len(reasons)} of {len(self._params)} layers; launched before the step: {because}"
-        self._note(FUSED + (but if reasons else ""), committed=True)
+        held = [p.numel() > 0 for own in self._params for p in own]
+        missed = sum(has and not is_known for has, is_known in zip(held, known, strict=True))
+        but = f" but for {missed} of {sum(held)} gradients; launched before the step: {because}"
+        self._note(FUSED + (but if missed else ""), committed=True)
         return finite
 
 

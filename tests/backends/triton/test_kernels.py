@@ -23,6 +23,8 @@ GROUPS = {
     "engine_matrices": ("engine_matrix_cases.py", ""),
     "forward_plans": ("forward_plan_cases.py", ""),
     "group": ("group_cases.py", ""),
+    "fused_kernels": ("fused_kernel_cases.py", ""),
+    "fused_training": ("fused_training_cases.py", ""),
 }
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
