@@ -6,17 +6,20 @@ would compute the same. Otherwise it runs alone. Outputs that wait are held with
 until the next x, or until x dies, at the latest until that forward ends.
 
 Where gradients are on, what was learned applies from the next update of the adapter on: a recomputation in the backward
-(activation checkpointing) repeats what its forward did.
+(activation checkpointing) repeats what its forward did. While a CUDA graph is captured, nothing begins to apply: the
+kernels of a group that no run before has launched could not be loaded.
 """
 
 from __future__ import annotations
 
 import weakref
+from functools import cache
 from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from adalora_kernels.backends.select import Backend, Selection, select
@@ -73,6 +76,20 @@ class _Frame:
         return next((name for name in names if modules.get(name) is layer), None)
 
 
+class _Updates:
+    """Counts the steps of all optimizers: torch's fused ones write to parameters and leave their versions alone."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._seen)
+
+    def _seen(self, *_: Any) -> None:
+        self.count += 1
+
+
+_updates = cache(_Updates)
+
+
 class Siblings:
     """The layers of one parent that take inputs of the same width.
 
@@ -93,6 +110,7 @@ class Siblings:
         self._learned: dict[_Turn, tuple[str, ...]] = {}
         self._settled: dict[_Turn, tuple[str, ...]] = {}
         self._settled_at: object = None
+        self._applied: dict[_Turn, tuple[str, ...]] = {}
         self._paid: dict[tuple[Any, ...], bool] = {}
         for name in names:
             parent._modules[name].__dict__["_siblings"] = self
@@ -230,6 +248,7 @@ class Siblings:
             self._note(reading.turn, name, False)
 
     def _watch(self) -> None:
+        _updates()
         parent = self._parent
         self._hooks.append(parent.register_forward_pre_hook(self._begin))
         self._hooks.append(parent.register_forward_hook(self._end, always_call=True))
@@ -241,15 +260,17 @@ class Siblings:
         if not isinstance(first, FusedSVDLinear):  # unloaded
             self.unlink()
             return
-        followers = self._learned
-        if parent.training or torch.is_grad_enabled():
-            # A step's updates write to the adapter, and no graph from before them can still be used.
-            factors = first._modules["lora_A"]._parameters
-            now = [(id(f), f._version) for f in factors.values() if f is not None and not f.is_inference()]
-            if now != self._settled_at:
-                self._settled, self._settled_at = self._learned, now
-            followers = self._settled
-        self._frames[get_ident()] = _Frame(parent, followers)
+        if not _capturing():
+            self._applied = self._learned
+            if parent.training or torch.is_grad_enabled():
+                # A step's updates write to the adapter, and no graph from before them can still be used.
+                factors = first._modules["lora_A"]._parameters
+                versions = [(id(f), f._version) for f in factors.values() if f is not None and not f.is_inference()]
+                now = (_updates().count, versions)
+                if now != self._settled_at:
+                    self._settled, self._settled_at = self._learned, now
+                self._applied = self._settled
+        self._frames[get_ident()] = _Frame(parent, self._applied)
 
     def _end(self, parent: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -268,6 +289,11 @@ def _runs_on_triton(layer: FusedSVDLinear, x: Tensor) -> bool:
     rank = call.layer.lora_A.shape[0]
     selection = select("svd_linear", x.device.type, compute_dtype_of(x), rank, call.backend)
     return selection.backend is Backend.TRITON
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured. Where CUDA has not begun, there may be no such question."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_called_as_it_is(layer: nn.Module) -> bool:

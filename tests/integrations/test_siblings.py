@@ -80,6 +80,39 @@ def test_checkpointing_recomputes_what_its_forward_did(use_reentrant: bool, grou
     assert groups.count(3) == 2 + 2 * 2
 
 
+def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model(**batch(model)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_learned_applies_after_a_fused_update(groups: list[int]) -> None:
+    """Which leaves no trace in the versions of what it writes to."""
+    ours = patch_model(build("llama", **LLAMA), siblings=True)
+    optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad], fused=True)
+    _trained(ours, optimizer)
+    assert not groups
+    _trained(ours, optimizer)
+    assert groups == [3, 2]
+
+
+def test_nothing_begins_to_apply_in_a_capture(groups: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients and without: a group's kernels are launched before they are captured."""
+    ours = patch_model(build("llama", **LLAMA), siblings=True)
+    optimizer = torch.optim.AdamW([p for p in ours.parameters() if p.requires_grad])
+    _trained(ours, optimizer)
+    with monkeypatch.context() as capture:
+        capture.setattr(siblings, "_capturing", lambda: True)
+        _trained(ours, optimizer)
+        with torch.no_grad():
+            ours(**batch(ours))
+    assert not groups
+    _trained(ours, optimizer)
+    monkeypatch.setattr(siblings, "_capturing", lambda: True)
+    _trained(ours, optimizer)
+    assert groups == [3, 2] * 2
+
+
 def test_evaluation_and_generation(groups: list[int]) -> None:
     """Without gradients what was learned applies at once, also to a single token; inference tensors run alone."""
     alone = patch_model(build("llama", **LLAMA).eval(), siblings=False)
