@@ -46,13 +46,18 @@ bench: setup
 paper: setup
 	$(BIN)/python -m benchmarks.paper stand-ins
 
+# Beside the sources, by the machine's own torch and nvcc; the layer's GPU kernels do without it where it can't be built.
+EXTENSION := adalora_kernels/_C.abi3.so
+$(EXTENSION): setup.py $(shell find csrc -type f)
+	-$(PYTHON) setup.py -q build_ext --inplace
+
 # On a machine with a GPU, with its own python3 and packages. DRY=1 interprets tiny shapes; PART=i/n is a share of the
 # full sweep, PART=steps whole training steps, PART=questions what decides between designs.
-gpu: $(if $(DRY),setup)
+gpu: $(if $(DRY),setup,$(EXTENSION))
 	$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(DRY),--dry) $(if $(PART),--part $(PART))
 
 # Writes adalora_kernels/backends/triton/measured.json, by which plans and tiles are chosen on such a device.
-tune: $(if $(DRY),setup)
+tune: $(if $(DRY),setup,$(EXTENSION))
 	$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.tune $(if $(DRY),--dry)
 
 clean:
