@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +16,9 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
     return Emulation(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def emulated_ops(emulation: Emulation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of the ops around them; see ``Emulation.with_ops``."""
+    return emulation.with_ops(tmp_path_factory.mktemp("ops"))

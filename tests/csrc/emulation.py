@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.cpp_extension import include_paths
+from torch.utils.cpp_extension import include_paths, library_paths
 
 from adalora_kernels.reference.handover import Handover, LayerImportance
 from adalora_kernels.reference.importance import TripletLayout
@@ -22,6 +22,7 @@ SOURCES = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "cuda" / "plan.cpp", *sorted(
 # No contraction, as in setup.py.
 FLAGS = ["-O1", "-std=c++20", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS += ["-Wno-missing-field-initializers"]
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020A000000000000"
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -31,11 +32,11 @@ def execute(*arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def compile_into(folder: Path, source: Path) -> Path:
+def compile_into(folder: Path, source: Path, *defines: str) -> Path:
     """The object file of a source, CUDA or not."""
     target = folder / f"{source.name}.o"
     includes = [f"-I{EMULATED}", f"-I{CSRC}", *(flag for path in include_paths() for flag in ("-isystem", path))]
-    execute(*includes, "-x", "c++", "-c", str(source), "-o", str(target))
+    execute(*includes, *defines, "-x", "c++", "-c", str(source), "-o", str(target))
     return target
 
 
@@ -66,6 +67,16 @@ class Emulation:
                 objects[place] = compile_into(folder, faulty)
                 return Emulation(folder, objects)
         raise AssertionError(f"in no source once: {old}")
+
+    def with_ops(self, folder: Path) -> Path:
+        """A library that registers the ops of ``_C_cuda`` for the CPU as ``torch.ops.adalora_emulated``: the host's
+        code around these kernels. To be loaded once in a process.
+        """
+        ops = compile_into(folder, EMULATED / "host" / "ops.cpp", "-DNDEBUG", "-DUSE_CUDA", TORCH_TARGET)
+        target = folder / "emulated_ops.so"
+        libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+        execute("-shared", *map(str, self._objects), str(ops), *libraries, "-o", str(target))
+        return target
 
     def draw_orders(self, seed: int) -> None:
         """From now on blocks and threads run in drawn orders; 0: in the order of their numbers."""

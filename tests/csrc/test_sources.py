@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -61,3 +62,23 @@ def test_only_the_stable_abi_is_linked(module: str) -> None:
     undefined = [line.split()[-1] for line in output_of(["nm", "-D", "--undefined-only", spec.origin]).splitlines()]
     unstable = [name for name in undefined if re.match(r"_ZN[KRV]*(2at|3c10|5torch)", name)]
     assert undefined and not unstable, unstable
+
+
+STUB = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+LOAD = """
+import ctypes, sys, torch
+ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+import adalora_kernels._C, adalora_kernels._C_cuda
+for name in ("importance_update", "importance_handed_over", "finish_gradients"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"adalora_native::{name}", "CUDA"), name
+"""
+
+
+def test_the_cuda_module_loads(tmp_path: Path) -> None:
+    """Beside a PyTorch without CUDA too, given the one function that this lacks."""
+    if find_spec("adalora_kernels._C_cuda") is None:
+        pytest.skip("built without nvcc")
+    source, stub = tmp_path / "stub.cpp", tmp_path / "stub.so"
+    source.write_text(STUB, encoding="utf-8")
+    output_of(["c++", "-shared", "-fPIC", str(source), "-o", str(stub)])
+    output_of([sys.executable, "-c", LOAD, str(stub)])

@@ -28,6 +28,10 @@ struct dim3 {
 enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure };
 using cudaStream_t = void*;
 
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "nothing" : "threads waited for each other, or a shuffle for lanes that did not come";
+}
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   cudaStream_t stream;

@@ -37,8 +37,9 @@ template <typename Call>
 const char* problem_of(const Call& call) {
   static std::string problem;
   try {
-    if (call() == cudaSuccess) return nullptr;
-    problem = "a kernel's threads waited for each other, or a shuffle for lanes that did not come";
+    const cudaError_t error = call();
+    if (error == cudaSuccess) return nullptr;
+    problem = cudaGetErrorString(error);
   } catch (const std::exception& error) {
     problem = error.what();
   }

@@ -1,0 +1,74 @@
+"""Training with importance fused into the backward in CUDA C++, the layers' passes being Triton's.
+
+Run by ``test_emulated_ops.py``: interpreted, with the ops of ``_C_cuda`` made for the CPU. With a GPU the ops are what
+they are: ``pytest tests/csrc/emulated_training_cases.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from adalora_kernels.allocator.fused import FUSED
+from adalora_kernels.backends import native, triton
+from tests.backends.triton.fused_training_cases import (
+    BEFORE,
+    UNSEEN,
+    Siblings,
+    accumulated,
+    assert_same,
+    network,
+    one_backward,
+    with_term,
+    written_unseen,
+)
+
+
+class Ops:
+    """Those of ``_C``, but for those that ``_C_cuda`` has."""
+
+    def __init__(self, cpu: Any) -> None:
+        self._cpu = cpu
+
+    def __getattr__(self, name: str) -> Any:
+        ours = name in ("importance_update", "importance_handed_over", "finish_gradients")
+        return getattr(torch.ops.adalora_emulated if ours else self._cpu, name)
+
+
+@pytest.fixture(autouse=True)
+def importance_in_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Triton's importance is CUDA C++'s; which of its launchers were called."""
+    if library := os.environ.get("ADALORA_EMULATED_OPS"):
+        torch.ops.load_library(library)
+        monkeypatch.setattr(torch.ops, "adalora_native", Ops(torch.ops.adalora_native))
+    calls: list[str] = []
+    for name in ("importance_update", "finish_gradients"):
+
+        def counted(*args: Any, name: str = name, **kwargs: Any) -> Any:
+            calls.append(name)
+            return getattr(native, name)(*args, **kwargs)
+
+        monkeypatch.setattr(triton, name, counted, raising=False)
+    return calls
+
+
+def test_with_orthogonality(importance_in_cuda: list[str]) -> None:
+    assert assert_same(with_term, network()) == {FUSED}
+    assert set(importance_in_cuda) == {"importance_update", "finish_gradients"}
+
+
+def test_accumulated_gradients() -> None:
+    assert assert_same(accumulated, network("blas", dtype=torch.bfloat16)) == {FUSED}
+
+
+def test_siblings() -> None:
+    assert assert_same(with_term, Siblings) == {FUSED}
+
+
+def test_where_it_is_not_legal_the_launch_does_it() -> None:
+    assert assert_same(written_unseen, network()) == {UNSEEN.format("last")}
+    (outcome,) = assert_same(one_backward, network(runs=2))
+    assert outcome.startswith(FUSED) and outcome.endswith(f"{BEFORE}first ran twice in one backward")
