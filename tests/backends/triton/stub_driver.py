@@ -13,6 +13,23 @@ from triton.runtime import driver
 DEVICE = -1  # where torch says that a CPU or meta tensor lies
 
 
+class Count(list[Any]):
+    """In place of a stub's list of launches: to hold their tensors would keep autograd from taking gradients over."""
+
+    number = 0
+
+    def append(self, launch: Any) -> None:
+        """Count it."""
+        self.number += 1
+
+    def clear(self) -> None:
+        """Begin again."""
+        self.number = 0
+
+    def __len__(self) -> int:
+        return self.number
+
+
 class StubDriver:
     """Stands for Triton's CUDA driver. ``launches`` holds the arguments of each call of a compiled launcher."""
 

@@ -18,7 +18,7 @@ pytest.importorskip("peft")
 
 from adalora_kernels import SVDLinear  # noqa: E402
 from adalora_kernels.backends import select  # noqa: E402
-from tests.backends.triton.stub_driver import StubDriver, stub_driver  # noqa: E402
+from tests.backends.triton.stub_driver import Count, StubDriver, stub_driver  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set in this process")
 
@@ -36,15 +36,6 @@ class Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
-
-
-class Count(list[Any]):
-    """In place of the stub's list of launches: to hold their tensors would keep autograd from taking gradients over."""
-
-    number = 0
-
-    def append(self, launch: Any) -> None:
-        self.number += 1
 
 
 @pytest.fixture

@@ -11,16 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton")
 
+from adalora_kernels import AdaLoraAdamW, RankAllocator, SVDLinear  # noqa: E402
+from adalora_kernels.allocator.fused import FUSED  # noqa: E402
+from adalora_kernels.backends import select  # noqa: E402
 from adalora_kernels.backends import triton as backend  # noqa: E402
 from adalora_kernels.backends.triton import launch  # noqa: E402
+from adalora_kernels.ops.orthogonality import orthogonality_loss  # noqa: E402
 from adalora_kernels.reference.adamw import Importance  # noqa: E402
 from adalora_kernels.reference.importance import TripletLayout  # noqa: E402
-from tests.backends.triton.stub_driver import StubDriver, stub_driver  # noqa: E402
+from tests.backends.triton.stub_driver import Count, StubDriver, stub_driver  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set in this process")
 
@@ -112,3 +116,59 @@ def test_a_step_without_ranking(stub: StubDriver) -> None:
         assert kernels == 1 and (number == 0 or operators == ["aten.copy_.default"])
         kernels, operators = counted(stub, lambda: backend.zero_pruned(model.live, model.params[1::3]))
         assert kernels == 1 and (number == 0 or not operators)
+
+
+WAITS = {"aten._local_scalar_dense.default", "aten.equal.default", "aten.nonzero.default", "aten.item.default"}
+
+
+def whole_step(stub: StubDriver, fused: bool, orthogonality: bool, swept: bool) -> tuple[int, list[str]]:
+    """Backward, optimizer, importance and masks of three layers under an allocator, when all is made and kept."""
+    model = nn.Sequential(*(SVDLinear(16, 16, r=4, backend="triton") for _ in range(3)))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    settings = {"mask_interval": 1, "beta1": 0.85, "beta2": 0.85, "total_step": 9, "variant": "paper"}
+    allocator = RankAllocator(model, 4, 2, 0, 1, backend="triton", **settings)
+    allocator.fuse_backward(fused)
+    params = [p for p in model.parameters() if p.requires_grad]
+    if swept:
+        optimizer: torch.optim.Optimizer = AdaLoraAdamW(params, lr=1e-3, allocator=allocator, backend="triton")
+    else:
+        optimizer = torch.optim.SGD(params, lr=1e-3, foreach=True)
+        allocator.attach(optimizer)
+    lora_A, lora_B = [layer.lora_A for layer in model], [layer.lora_B for layer in model]
+    found: tuple[int, list[str]] = (0, [])
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 16, requires_grad=True)).sum()
+        if orthogonality:
+            loss = loss + orthogonality_loss(lora_A, lora_B, 0.1, True, accumulate=True, backend="triton")
+
+        def step(loss: Tensor = loss) -> None:
+            loss.backward()
+            optimizer.step()
+
+        found = counted(stub, step)
+    if allocator.fused is not None:
+        assert allocator.fused.outcome == FUSED
+    return found
+
+
+@pytest.mark.parametrize("swept", [False, True], ids=["any optimizer", "AdaLoraAdamW"])
+@pytest.mark.parametrize("orthogonality", [False, True], ids=["bare", "with the term"])
+def test_importance_in_the_backward(
+    swept: bool, orthogonality: bool, stub: StubDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more launches than before the step, and the term's gradients are none of their own. Nothing waits.
+
+    AdaLoraAdamW's one sweep takes importance with it; beside a fused backward that is a launch of its own.
+    """
+    monkeypatch.setattr(select, "unavailable_reason", lambda backend, device_type: None)
+    monkeypatch.setattr(stub, "launches", Count())
+    select._select.cache_clear()
+    apart, fused = (whole_step(stub, way, orthogonality, swept) for way in (False, True))
+    select._select.cache_clear()
+    assert fused[0] == apart[0] + swept - orthogonality
+    assert not WAITS & {*fused[1]}
+    others = [[name for name in names if name != "aten.copy_.default"] for _, names in (apart, fused)]
+    assert others[1] == others[0]
+    assert len(fused[1]) <= len(apart[1]) + swept - orthogonality, "copies of addresses"
