@@ -23,6 +23,7 @@ from benchmarks.environment import commit, processor
 from benchmarks.micro import budget_engine, fused_importance, growth, layer, scaling
 from benchmarks.records import write
 from benchmarks.step import models
+from benchmarks.step.case import Case
 from benchmarks.step.measure import measure as measure_step
 
 RESULTS = Path(__file__).parent / "results"
@@ -116,10 +117,10 @@ def cases(cores: int, rounds: int) -> Iterator[Callable[[], dict[str, Any]]]:
     k, n = SHAPES[0]
     yield partial(layer.measure, k, n, TOKENS[0], RANK, torch.float32, cores, rounds, True, newer_peft())
     for model in models.SMALL:
-        yield partial(measure_step, model, RANK, torch.float32, "cpu", cores, rounds)
+        yield partial(measure_step, Case(model, RANK, threads=cores), rounds)
     for rows, rank in STEP_SWEEP:
         model = replace(models.SMALL[0], rows=rows)
-        yield partial(measure_step, model, rank, torch.float32, "cpu", cores, max(5, rounds // 2))
+        yield partial(measure_step, Case(model, rank, threads=cores), max(5, rounds // 2))
     yield from growth.curves(cores, max(5, rounds // 2))
     for live in growth.LIVE:
         yield partial(growth.measure_pruned, live, cores, max(5, rounds // 2))

@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from benchmarks.gpu.machine import Machine
 from benchmarks.records import Sweep
 from benchmarks.step import compiled, graphed, measure
+from benchmarks.step.case import Case
 from benchmarks.step.models import DRY, REAL, Model
 from benchmarks.step.names import COMPILED, GRAPHED, RANK, TARGET
 
@@ -52,11 +54,9 @@ def planned(machine: Machine) -> list[Planned]:
 
 def _planned(machine: Machine, model: Model, lora: int, mode: str) -> Planned:
     dtype = torch.float32 if machine.dry else torch.bfloat16
-    case = measure.case_of(model, RANK, dtype, machine.device, 1, lora, mode)
-    measures: dict[str, Callable[..., Record]] = {
-        "": measure.measure, GRAPHED: graphed.measure, COMPILED: compiled.measure
-    }  # fmt: skip
-    return Planned(case, lambda: measures[mode](model, RANK, dtype, machine.device, 1, machine.rounds, 2, TARGET, lora))
+    case = Case(model, RANK, dtype, machine.device, target=TARGET, lora=lora)
+    measures = {"": measure.measure, GRAPHED: graphed.measure, COMPILED: compiled.measure}
+    return Planned(case.record(mode), partial(measures[mode], case, machine.rounds))
 
 
 def run(machine: Machine, held: Sweep, deadline: float) -> Iterator[tuple[Planned, Record | str]]:

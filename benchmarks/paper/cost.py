@@ -19,9 +19,8 @@ from torch import Tensor
 from benchmarks.environment import commit
 from benchmarks.paper import presets
 from benchmarks.paper.methods import Setting
+from benchmarks.step.case import Case
 from benchmarks.step.measure import (
-    BATCHES,
-    TOLERANCE,
     check_equal,
     clocked,
     milliseconds,
@@ -29,9 +28,9 @@ from benchmarks.step.measure import (
     saved_bytes,
     turns,
 )
-from benchmarks.step.models import REAL, SMALL, Model, described
+from benchmarks.step.models import REAL, SMALL, Batch, Model, described
 from benchmarks.step.names import LORA, OURS, OURS_SWEPT, PEFT
-from benchmarks.step.systems import Batch, System, systems
+from benchmarks.step.systems import System, systems
 from benchmarks.timing import interleave, ratio
 
 TIMED = (LORA, PEFT, OURS, OURS_SWEPT)
@@ -82,9 +81,9 @@ def measured(device: str, rounds: int) -> dict[str, Any]:
 
 def _record(task: str, budget: str, model: Model, target: int, device: str, rounds: int) -> dict[str, Any]:
     rank = Setting(target).first_rank
-    found = systems(model, rank, torch.float32, device, target=target, lora=target)
-    batches = [model.batch(device, seed) for seed in range(BATCHES)]
-    check_equal(found, batches, TOLERANCE)
+    case = Case(model, rank, device=device, target=target, lora=target)
+    found, batches = systems(case), case.batches()
+    check_equal(found, batches, case.tolerance)
     contestants = {name: turns(found[name].run, batches) for name in TIMED}
     seconds = interleave(contestants, rounds, clock=_cpu_seconds if device == "cpu" else _until_idle)
     about = {"task": task, "budget": budget, "target": target, "model": model.name.split(", 32×")[0]}

@@ -8,19 +8,16 @@ from typing import Any
 import torch
 import torch._dynamo
 
+from benchmarks.step.case import Case
 from benchmarks.step.graphed import reason
 from benchmarks.step.measure import (
-    BATCHES,
-    case_of,
     check_losses,
     clocked,
     losses,
     milliseconds,
     peak_bytes,
-    tolerance_of,
     turns,
 )
-from benchmarks.step.models import Model
 from benchmarks.step.names import COMPILED, LORA, OURS, OURS_SWEPT, PEFT, eager
 from benchmarks.step.systems import systems
 from benchmarks.timing import interleave, ratio
@@ -30,16 +27,12 @@ CONTESTANTS = (LORA, OURS, OURS_SWEPT)
 
 # Contestants share code, each with guards of its own. One more than the limit would run uncompiled without a word.
 @torch._dynamo.config.patch(recompile_limit=64)
-def measure(
-    model: Model, rank: int, dtype: torch.dtype, device: str, threads: int, rounds: int, warmup: int = 2,
-    target: int | None = None, lora: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """One model.
+def measure(case: Case, rounds: int, warmup: int = 2) -> dict[str, Any]:
+    """One case.
 
     Args:
-        model, rank, dtype, device, target, lora: as in ``systems``. On a CPU, where nothing is timed in earnest, the
-            traced graph is run as it is, without a C++ compiler.
-        threads: of the CPU.
+        case: the model, and how it is trained. On a CPU, where nothing is timed in earnest, the traced graph is run as
+            it is, without a C++ compiler.
         rounds, warmup: timed steps of each contestant, and untimed ones ahead of them.
 
     Returns:
@@ -47,28 +40,29 @@ def measure(
         can't be compiled, or whose losses are then others, the error that says so; and on a CUDA device the most memory
         that a step takes beyond what it finds.
     """
-    torch.set_num_threads(threads)
-    batches = [model.batch(device, seed) for seed in range(BATCHES)]
-    plain = systems(model, rank, dtype, device, target, lora, (LORA, PEFT))
-    found = systems(model, rank, dtype, device, target, lora, CONTESTANTS)
+    torch.set_num_threads(case.threads)
+    batches = case.batches()
+    plain = systems(case, (LORA, PEFT))
+    found = systems(case, CONTESTANTS)
     expected = {name: losses(system.run, batches) for name, system in plain.items()}
     refused: dict[str, str] = {}
     torch._dynamo.reset()
+    backend = "eager" if case.device == "cpu" else "inductor"
     for name, system in found.items():
-        system.model = torch.compile(system.model, dynamic=False, backend="eager" if device == "cpu" else "inductor")
+        system.model = torch.compile(system.model, dynamic=False, backend=backend)
         other = LORA if name == LORA else PEFT
         try:
             made = losses(system.run, batches)
-            check_losses(f"{name}, compiled", made, other, expected[other], tolerance_of(dtype))
+            check_losses(f"{name}, compiled", made, other, expected[other], case.tolerance)
         except (AssertionError, RuntimeError) as error:
             refused[name] = reason(error)
     held = {name: system for name, system in found.items() if name not in refused}
     contestants = held | {eager(LORA): plain[LORA]}
     timed = {name: turns(system.run, batches) for name, system in contestants.items()}
-    seconds = interleave(timed, rounds, warmup, partial(clocked, device=device))
+    seconds = interleave(timed, rounds, warmup, partial(clocked, device=case.device))
     record = {
         "benchmark": COMPILED,
-        "case": case_of(model, rank, dtype, device, threads, lora, COMPILED),
+        "case": case.record(COMPILED),
         "milliseconds": {name: milliseconds(s) for name, s in seconds.items()},
         "ours_over_lora": {
             name: ratio(seconds[name], seconds[LORA]) for name in held if name != LORA and LORA in held
@@ -76,7 +70,7 @@ def measure(
         "not_compiled": refused,
         "rounds": rounds,
     }  # fmt: skip
-    peaks = peak_bytes(contestants, batches[0], device)
+    peaks = peak_bytes(contestants, batches[0], case.device)
     return record | ({"peak_bytes": peaks} if peaks else {})
 
 

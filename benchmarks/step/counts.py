@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cpu import environment
 from benchmarks.records import write
+from benchmarks.step.case import Case
 from benchmarks.step.measure import saved_bytes
 from benchmarks.step.models import SMALL, Model, described
 from benchmarks.step.names import OURS_AGAIN, PHASES, RANK
@@ -49,7 +50,7 @@ def count(model: Model) -> dict[str, Any]:
     operators: dict[str, dict[str, int]] = {}
     kept: dict[str, int] = {}
     batch = model.batch("cpu", 0)
-    for name, system in systems(model, RANK, torch.float32, "cpu").items():
+    for name, system in systems(Case(model, RANK)).items():
         if name == OURS_AGAIN:
             continue
         system.run(batch)  # the first step makes state

@@ -16,21 +16,19 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2ForSeque
 
 from adalora_kernels.allocator.graphed import CudaGraph, Recorder, Run, record_step
 from adalora_kernels.allocator.static import StaticBatch
+from benchmarks.step.case import Case
 from benchmarks.step.measure import (
-    BATCHES,
-    case_of,
     check_losses,
     clocked,
     losses,
     milliseconds,
-    tolerance_of,
     turns,
     weighed,
 )
-from benchmarks.step.models import Model
+from benchmarks.step.models import Batch
 from benchmarks.step.names import FROZEN, GRAPHED, LORA, OURS, OURS_AGAIN, OURS_SWEPT, PEFT, eager
 from benchmarks.step.rehearsal import Rehearsal
-from benchmarks.step.systems import Batch, System, systems, trained
+from benchmarks.step.systems import System, systems, trained
 from benchmarks.timing import interleave, ratio
 
 CAPTURED = (FROZEN, LORA, OURS, OURS_SWEPT, OURS_AGAIN, PEFT)
@@ -38,15 +36,11 @@ WARM_UPS = 3
 Step = Callable[[Batch], Tensor]
 
 
-def measure(
-    model: Model, rank: int, dtype: torch.dtype, device: str, threads: int, rounds: int, warmup: int = 2,
-    target: int | None = None, lora: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """One model.
+def measure(case: Case, rounds: int, warmup: int = 2) -> dict[str, Any]:
+    """One case.
 
     Args:
-        model, rank, dtype, device, target, lora: as in ``systems``.
-        threads: of the CPU.
+        case: the model, and how it is trained.
         rounds, warmup: timed steps of each contestant, and untimed ones ahead of them.
 
     Returns:
@@ -57,14 +51,14 @@ def measure(
     Raises:
         AssertionError: a replay's losses differ from those of the eager step.
     """
-    torch.set_num_threads(threads)
-    batches = [model.batch(device, seed) for seed in range(BATCHES)]
-    plain = systems(model, rank, dtype, device, target, lora, (FROZEN, LORA, PEFT))
-    held = systems(model, rank, dtype, device, target, lora, CAPTURED, capturable=True)
+    torch.set_num_threads(case.threads)
+    batches = case.batches()
+    plain = systems(case, (FROZEN, LORA, PEFT))
+    held = systems(case, CAPTURED, capturable=True)
     steps: dict[str, Step] = {}
     peaks, refused = dict[str, int](), dict[str, str]()
     for name, system in held.items():
-        recorder = Weighing(device)
+        recorder = Weighing(case.device)
         try:
             steps[name] = captured(system, batches[0], recorder)
         except RuntimeError as error:
@@ -74,15 +68,15 @@ def measure(
             peaks[name] = recorder.peak
     for other, named in ((FROZEN, (FROZEN,)), (LORA, (LORA,)), (PEFT, (OURS, OURS_SWEPT, OURS_AGAIN, PEFT))):
         expected = losses(plain[other].run, batches)
-        for name in set(named) & set(steps):
-            check_losses(f"{name}, captured", losses(steps[name], batches), other, expected, tolerance_of(dtype))
+        for name in (name for name in named if name in steps):
+            check_losses(f"{name}, captured", losses(steps[name], batches), other, expected, case.tolerance)
     steps |= {eager(name): plain[name].run for name in (LORA, PEFT)}
     contestants = {name: turns(step, batches) for name, step in steps.items()}
-    seconds = interleave(contestants, rounds, warmup, partial(clocked, device=device))
+    seconds = interleave(contestants, rounds, warmup, partial(clocked, device=case.device))
     ours = [name for name in (OURS, OURS_SWEPT) if name in steps]
     record = {
         "benchmark": GRAPHED,
-        "case": case_of(model, rank, dtype, device, threads, lora, GRAPHED),
+        "case": case.record(GRAPHED),
         "milliseconds": {name: milliseconds(s) for name, s in seconds.items()},
         "eager_peft_over_ours": {name: ratio(seconds[eager(PEFT)], seconds[name]) for name in ours},
         "ours_over_lora": {name: ratio(seconds[name], seconds[LORA]) for name in ours if LORA in steps},

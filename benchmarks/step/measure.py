@@ -12,25 +12,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.step.models import Model, described
+from benchmarks.step.case import Case
+from benchmarks.step.models import Batch
 from benchmarks.step.names import EAGER, FULL, LORA, OURS, OURS_AGAIN, OURS_SWEPT, PEFT, PHASES
-from benchmarks.step.systems import Batch, System, systems
+from benchmarks.step.systems import System, systems
 from benchmarks.timing import Contestant, Sample, interleave, ratio
 
 Result = TypeVar("Result")
-COMPARED, TOLERANCE = 5, 1e-4
-BATCHES = 4
+COMPARED = 5
 
 
-def measure(
-    model: Model, rank: int, dtype: torch.dtype, device: str, threads: int, rounds: int, warmup: int = 2,
-    target: int | None = None, lora: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """One model.
+def measure(case: Case, rounds: int, warmup: int = 2) -> dict[str, Any]:
+    """One case.
 
     Args:
-        model, rank, dtype, device, target, lora: as in ``systems``.
-        threads: of the CPU.
+        case: the model, and how it is trained.
         rounds: timed steps of each contestant; a third as many more are timed phase by phase.
         warmup: steps ahead of them, untimed.
 
@@ -42,21 +38,19 @@ def measure(
     Raises:
         AssertionError: the AdaLoRAs' losses differ.
     """
-    torch.set_num_threads(threads)
-    contestants = systems(model, rank, dtype, device, target, lora)
-    batches = [model.batch(device, seed) for seed in range(BATCHES)]
-    check_equal(contestants, batches, tolerance_of(dtype))
-
-    clock = partial(clocked, device=device)
+    torch.set_num_threads(case.threads)
+    contestants, batches = systems(case), case.batches()
+    check_equal(contestants, batches, case.tolerance)
+    clock = partial(clocked, device=case.device)
     whole = interleave({name: turns(s.run, batches) for name, s in contestants.items()}, rounds, warmup, clock)
     phases: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in contestants}
     for i in range(max(2, rounds // 3)):
         for name, system in contestants.items():
-            for phase, run in system.phases(batches[i % BATCHES]):
+            for phase, run in system.phases(batches[i % len(batches)]):
                 phases[name][phase].append(clock(run))
     record = {
         "benchmark": EAGER,
-        "case": case_of(model, rank, dtype, device, threads, lora),
+        "case": case.record(),
         "milliseconds": {name: milliseconds(s) for name, s in whole.items()},
         "phases": {name: {p: 1e3 * statistics.median(s) for p, s in by.items()} for name, by in phases.items()},
         "peft_over_ours": {name: ratio(whole[PEFT], whole[name]) for name in (OURS, OURS_SWEPT)},
@@ -67,17 +61,9 @@ def measure(
         },
         "rounds": rounds,
     }  # fmt: skip
-    if peaks := peak_bytes(contestants, batches[0], device):
+    if peaks := peak_bytes(contestants, batches[0], case.device):
         record["peak_bytes"] = peaks
     return record
-
-
-def case_of(
-    model: Model, rank: int, dtype: torch.dtype, device: str, threads: int, lora: int | None, mode: str = ""
-) -> dict[str, Any]:
-    """The case, as it is written down; ``mode`` is a benchmark other than the eager one."""
-    case = described(model, rank, dtype) | {"threads": threads, "device": device, "lora": lora or rank}
-    return case | ({"mode": mode.rpartition(", ")[2]} if mode else {})
 
 
 def turns(step: Callable[[Batch], object], batches: Sequence[Batch]) -> Contestant:
@@ -116,11 +102,6 @@ def peak_bytes(systems: Mapping[str, System], batch: Batch, device: str) -> dict
 def milliseconds(seconds: list[float]) -> dict[str, float]:
     """Median with 20/80 percentiles."""
     return {name: 1e3 * value for name, value in vars(Sample.of(seconds)).items()}
-
-
-def tolerance_of(dtype: torch.dtype) -> float:
-    """How far losses of equal steps may be apart, relative."""
-    return 1e-2 if dtype.itemsize == 2 else TOLERANCE
 
 
 def check_equal(contestants: Mapping[str, System], batches: Sequence[Batch], tolerance: float) -> None:
@@ -166,14 +147,12 @@ def saved_bytes(system: System, batch: Batch) -> int:
 
 
 __all__ = [
-    "case_of",
     "check_equal",
     "check_losses",
     "losses",
     "measure",
     "peak_bytes",
     "saved_bytes",
-    "tolerance_of",
     "turns",
     "weighed",
 ]

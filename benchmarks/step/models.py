@@ -24,6 +24,9 @@ from benchmarks.step.names import DEBERTA
 VOCABULARY = 2000  # embeddings take no part in what is compared
 
 
+Batch = dict[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Model:
     """A model and what it is fed.
@@ -43,7 +46,7 @@ class Model:
     columns: int
     labels: str
 
-    def batch(self, device: str, seed: int) -> dict[str, Tensor]:
+    def batch(self, device: str, seed: int) -> Batch:
         """Random tokens, equal for equal seeds."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(1, VOCABULARY, (self.rows, self.columns), generator=generator)
@@ -122,4 +125,4 @@ def described(model: Model, rank: int, dtype: torch.dtype) -> dict[str, Any]:
     }  # fmt: skip
 
 
-__all__ = ["DRY", "REAL", "SMALL", "Model", "described"]
+__all__ = ["DRY", "REAL", "SMALL", "Batch", "Model", "described"]

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from adalora_kernels import AdaLoraAdamW, RankAllocator, patch_model
-from benchmarks.step.models import Model
+from benchmarks.step.case import Case
+from benchmarks.step.models import Batch
 from benchmarks.step.names import FROZEN, FULL, LORA, OURS, OURS_AGAIN, OURS_SWEPT, PEFT, PHASES
 
 ALPHA = 16
 LEARNING_RATE = 1e-3
 TOTAL_STEPS = 10_000  # every timed step lies where importance is updated and triplets are ranked
-FIRST_STEP, TARGET_SHARE = 5_000, 2
+FIRST_STEP = 5_000
 ORTHOGONALITY = 0.1
 CONTESTANTS = (PEFT, OURS, OURS_SWEPT, OURS_AGAIN, LORA, FULL)
-Batch = dict[str, Tensor]
 
 
 @dataclass
@@ -87,32 +87,25 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def systems(
-    model: Model, rank: int, dtype: torch.dtype, device: str, target: int | None = None, lora: int | None = None,
-    names: Sequence[str] = CONTESTANTS, capturable: bool = False,
-) -> dict[str, System]:  # fmt: skip
+def systems(case: Case, names: Sequence[str] = CONTESTANTS, capturable: bool = False) -> dict[str, System]:
     """Contestants on equal weights.
 
     Args:
-        model: of ``models``.
-        rank: AdaLoRA's initial one.
-        dtype: of the base; adapters are fp32, as PEFT's are.
-        device: where.
-        target: AdaLoRA's mean rank at the end; None for half of the initial one.
-        lora: LoRA's rank; None for AdaLoRA's initial one.
+        case: the model, and how it is trained.
         names: of the contestants.
         capturable: whether a CUDA graph is to hold the steps of optimizer and allocator.
     """
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
+    targets = case.model.targets
     torch.manual_seed(0)
-    with torch.device(device):  # where a large model is made in a moment
-        base = model.build().to(dtype)
-    lora_config = LoraConfig(r=lora or rank, lora_alpha=ALPHA, target_modules=model.targets)
+    with torch.device(case.device):  # where a large model is made in a moment
+        base = case.model.build().to(case.dtype)
+    lora_config = LoraConfig(r=case.lora_rank, lora_alpha=ALPHA, target_modules=targets)
     config = AdaLoraConfig(
         # Any task type that adds nothing to the model: without one PEFT leaves its orthogonality term out.
-        task_type="FEATURE_EXTRACTION", init_r=rank, target_r=target or rank // TARGET_SHARE, tinit=10, tfinal=10,
-        deltaT=1, total_step=TOTAL_STEPS, lora_alpha=ALPHA, orth_reg_weight=ORTHOGONALITY, target_modules=model.targets,
+        task_type="FEATURE_EXTRACTION", init_r=case.rank, target_r=case.target_rank, tinit=10, tfinal=10,
+        deltaT=1, total_step=TOTAL_STEPS, lora_alpha=ALPHA, orth_reg_weight=ORTHOGONALITY, target_modules=targets,
     )  # fmt: skip
     sources = {}
     if LORA in names:
@@ -128,7 +121,7 @@ def systems(
     for name in names:
         contestant = copy.deepcopy(sources.get(PEFT if name.startswith(OURS) else name, base))
         prepared = _PREPARED.get(name, patch_model)(contestant)
-        found[name] = _system(name, prepared.to(device).train(), capturable)
+        found[name] = _system(name, prepared.to(case.device).train(), capturable)
     return found
 
 
@@ -180,4 +173,4 @@ def _capturable_allocator(model: Any) -> RankAllocator:
     return allocator
 
 
-__all__ = ["CONTESTANTS", "Batch", "System", "systems", "trained"]
+__all__ = ["CONTESTANTS", "System", "systems", "trained"]

@@ -14,6 +14,7 @@ from benchmarks import cpu
 from benchmarks.micro import budget_engine, growth, layer
 from benchmarks.records import complaints
 from benchmarks.step import models
+from benchmarks.step.case import Case
 from benchmarks.step.measure import measure as measure_step
 from benchmarks.timing import Sample, interleave, ratio
 
@@ -78,7 +79,7 @@ def test_records_are_as_the_schema_says() -> None:
     step = next(m for m in models.SMALL if "Llama" in m.name)
     records = [
         layer.measure(32, 48, 16, 4, torch.float32, 1, rounds=2),
-        measure_step(replace(step, rows=2, columns=8), 4, torch.float32, "cpu", 1, rounds=2, warmup=0),
+        measure_step(Case(replace(step, rows=2, columns=8), 4), rounds=2, warmup=0),
     ]
     content = {"environment": cpu.environment(), "records": records}
     assert list(complaints(content)) == []

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu import rows
 from benchmarks.step import compiled, graphed, measure, models, names, systems
+from benchmarks.step.case import Case
 from benchmarks.step.rehearsal import Rehearsal
 
 TINY = [replace(model, rows=2, columns=8) for model in models.SMALL]
@@ -27,7 +28,7 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("model", TINY, ids=lambda model: model.name.split(",")[0])
 def test_record(model: models.Model) -> None:
-    record = measure.measure(model, 4, torch.float32, "cpu", 1, rounds=2, warmup=0)
+    record = measure.measure(Case(model, 4), rounds=2, warmup=0)
     assert set(record["milliseconds"]) == set(record["phases"]) >= {names.PEFT, names.OURS, names.LORA}
     for name, whole in record["milliseconds"].items():
         assert whole["median"] > 0 and set(record["phases"][name]) == set(names.PHASES)
@@ -48,7 +49,7 @@ def test_contestants_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(systems, "patch_model", faulty)
     with pytest.raises(AssertionError, match="ours: losses differ from PEFT AdaLoRA's"):
-        measure.measure(TINY[0], 4, torch.float32, "cpu", 1, rounds=2, warmup=0)
+        measure.measure(Case(TINY[0], 4), rounds=2, warmup=0)
 
 
 def test_bounds_on_a_gpu_or_open() -> None:
@@ -85,7 +86,7 @@ def test_captured_steps_must_train_as_eager_ones_do(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(graphed, "captured", faulty)
     with pytest.raises(AssertionError, match="frozen model, captured: losses differ from frozen model's"):
-        graphed.measure(models.DRY, 4, torch.float32, "cpu", 1, rounds=2, warmup=0)
+        graphed.measure(Case(models.DRY, 4), rounds=2, warmup=0)
 
 
 def test_what_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +103,7 @@ def test_what_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         return model
 
     monkeypatch.setattr(torch, "compile", faulty)
-    record = compiled.measure(models.DRY, 4, torch.float32, "cpu", 1, rounds=2, warmup=0)
+    record = compiled.measure(Case(models.DRY, 4), rounds=2, warmup=0)
     assert record["not_compiled"].pop(names.LORA) == "RuntimeError: no compiler"
     assert set(record["not_compiled"]) == {names.OURS, names.OURS_SWEPT} and record["ours_over_lora"] == {}
     assert all("losses differ from PEFT AdaLoRA's" in why for why in record["not_compiled"].values())
@@ -147,7 +148,7 @@ def test_bart_as_captured_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -
     bart = TINY[1]
 
     def capture() -> None:
-        (system,) = systems.systems(bart, 4, torch.float32, "cpu", names=(names.FROZEN,)).values()
+        (system,) = systems.systems(Case(bart, 4), (names.FROZEN,)).values()
         graphed.captured(system, bart.batch("cpu", 0), Rehearsal())
 
     capture()
@@ -157,7 +158,7 @@ def test_bart_as_captured_waits_for_no_device(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_saved_bytes_count_each_storage_once() -> None:
-    found = systems.systems(TINY[0], 4, torch.float32, "cpu")
+    found = systems.systems(Case(TINY[0], 4))
     x = torch.randn(64, 64, requires_grad=True)
 
     class Twice(torch.nn.Module):
