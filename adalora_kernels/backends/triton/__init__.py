@@ -76,7 +76,7 @@ def svd_linear_forward(
     Raises:
         RuntimeError: the plan asked for can't run this call.
     """
-    if _interpreted():
+    if interpreted():
         return _forward(x, weight, bias, base, adapter, plan)
     from adalora_kernels.backends.triton.replay import replayed
 
@@ -107,7 +107,7 @@ def svd_linear_backward(
 
     ``importance``: of the layer, to be updated on the way as ``reference.handover`` says.
     """
-    if importance is not None or _interpreted():
+    if importance is not None or interpreted():
         return _backward(grad_y, x, u, weight, adapter, needs, plan, importance)
     from adalora_kernels.backends.triton.replay import replayed
 
@@ -134,7 +134,7 @@ def _backward(
 
 
 @cache
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which has nothing to replay."""
     from triton import knobs
 

@@ -45,15 +45,29 @@ def forward(x: Tensor, members: Sequence[Member], plan: str | None = None) -> li
     Raises:
         RuntimeError: the plan asked for can't run a member.
     """
+    if layer.interpreted():
+        flat = _forward(x, members, plan)
+    else:
+        from adalora_kernels.backends.triton.replay import replayed
+
+        tensors = (x, *(t for m in members for t in (m.weight, m.bias, *m.adapter[:5])))
+        flat = replayed(_forward, tensors, (plan, *(m.adapter[5:] for m in members)), x, members, plan)
+    return list(zip(flat[::2], flat[1::2], strict=True))
+
+
+def _forward(x: Tensor, members: Sequence[Member], plan: str | None) -> tuple[Tensor, ...]:
+    """y and u of each member in turn."""
     found = _stacks(members)
     problems = tuple(problem_of(x, m.weight, m.adapter) for m in members)
     if found and _forward_pays(_ranked(problems), len(found), plan):
-        return _stacked_forward(x, members, found)
-    names = [plans.choose(p, plan).forward for p in problems]
-    return [
-        plans.launcher("forward", name)(x, weight, bias, None, adapter)
-        for name, (weight, bias, adapter) in zip(names, members, strict=True)
-    ]
+        made = _stacked_forward(x, members, found)
+    else:
+        names = [plans.choose(p, plan).forward for p in problems]
+        made = [
+            plans.launcher("forward", name)(x, weight, bias, None, adapter)
+            for name, (weight, bias, adapter) in zip(names, members, strict=True)
+        ]
+    return tuple(t for pair in made for t in pair)
 
 
 def backward(

@@ -33,7 +33,10 @@ _ALLOCATIONS = {
     _aten.empty_like.default,
     _aten.empty_strided.default,
 }
-_VIEWS = {_aten.t.default, _aten.view.default, _aten.detach.default, _aten.transpose.int, _aten.alias.default}
+_VIEWS = {
+    *(_aten.t.default, _aten.transpose.int, _aten.view.default, _aten.detach.default, _aten.alias.default),
+    *(_aten.slice.Tensor, _aten.split_with_sizes.default),
+}
 
 Result = tuple[Tensor | None, ...]
 
@@ -78,18 +81,28 @@ class _Watch(TorchDispatchMode):
         return not unknown and all(launched.kept is not None for launched in self.launches)
 
 
+class _Result(NamedTuple):
+    """A result in the ``number``-th tensor that is made: the whole of it, or a view (sizes, strides, offset)."""
+
+    number: int
+    view: tuple[Sequence[int], Sequence[int], int] | None
+
+
 class _Replay(NamedTuple):
     """A call whose launches are known.
 
     Attributes:
-        results: for each result its shape and dtype if it is made, the number of an argument that it is, or None.
+        made: shape and dtype of each tensor that results lie in.
+        results: where each lies; the number of the argument that it is; or None.
         scratch: bytes of everything else that is made.
         workspaces: ``row_blocks`` of each.
         launches: compiled kernels with their grids.
-        arguments: from the addresses of the arguments, results, scratch and workspaces to the launches' arguments.
+        arguments: from the addresses of what is given, of what is made, of the scratch and of the workspaces to the
+            launches' arguments.
     """
 
-    results: tuple[tuple[torch.Size, torch.dtype] | int | None, ...]
+    made: tuple[tuple[torch.Size, torch.dtype], ...]
+    results: tuple[_Result | int | None, ...]
     scratch: int
     workspaces: tuple[int, ...]
     launches: tuple[tuple[launch.Kept, tuple[int, int, int]], ...]
@@ -122,29 +135,28 @@ def replayed(
     if measured.on_trial() or device != active.get_current_device() or launch.hooked():
         return make(*args)
     where = first.device
-    results: list[Tensor | None] = []
-    made: list[int] = []
-    for result in replay.results:
-        if result is None:
-            results.append(None)
-        elif isinstance(result, int):
-            given = tensors[result]
-            assert given is not None
-            torch.autograd.graph.increment_version(given)
-            results.append(given)
-        else:
-            fresh = torch.empty(result[0], dtype=result[1], device=where)
-            made.append(fresh.data_ptr())
-            results.append(fresh)
+    made = [torch.empty(shape, dtype=dtype, device=where) for shape, dtype in replay.made]
     scratch = torch.empty(replay.scratch, dtype=torch.uint8, device=where) if replay.scratch else None
-    buffers = [tickets.workspace(where, blocks) for blocks in replay.workspaces]
-    stream = active.get_current_stream(device)
     arguments = replay.arguments(
-        addresses, made, 0 if scratch is None else scratch.data_ptr(), [b.data_ptr() for b in buffers]
+        addresses,
+        [t.data_ptr() for t in made],
+        0 if scratch is None else scratch.data_ptr(),
+        [tickets.workspace(where, blocks).data_ptr() for blocks in replay.workspaces],
     )
+    stream = active.get_current_stream(device)
     for (kept, (x, y, z)), own in zip(replay.launches, arguments, strict=True):
         kept.run(x, y, z, stream, kept.function, kept.metadata, None, None, None, *own)
-    return tuple(results)
+    return tuple(_result(result, made, tensors) for result in replay.results)
+
+
+def _result(result: _Result | int | None, made: Sequence[Tensor], given: Sequence[Tensor | None]) -> Tensor | None:
+    if result is None:
+        return None
+    if isinstance(result, int):
+        torch.autograd.graph.increment_version(given[result])  # type: ignore[arg-type]
+        return given[result]
+    whole = made[result.number]
+    return whole if result.view is None else whole.as_strided(*result.view)
 
 
 @cache
@@ -180,22 +192,26 @@ def _watched(
 
 def _replay_of(watch: _Watch, tensors: tuple[Tensor | None, ...], results: Result) -> _Replay | None:
     """What a watched call comes to; None where an argument of a launch, or a result, is of unknown origin."""
-    specified: list[tuple[torch.Size, torch.dtype] | int | None] = []
+    found: list[_Result | int | None] = []
     fresh: list[Tensor] = []
     addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    made = {t.data_ptr() for t in watch.made}
     for result in results:
         if result is None:
-            specified.append(None)
-        elif result.data_ptr() in made and result.is_contiguous():
-            specified.append((result.shape, result.dtype))
-            fresh.append(result)
+            found.append(None)
+        elif (home := next((t for t in watch.made if _holds(t, result.data_ptr())), None)) is not None:
+            if all(home is not t for t in fresh):
+                fresh.append(home)
+            number = next(i for i, t in enumerate(fresh) if t is home)
+            whole = result.is_contiguous() and (result.shape, result.dtype) == (home.shape, home.dtype)
+            if not whole and result.dtype != home.dtype:
+                return None
+            offset = (result.data_ptr() - home.data_ptr()) // home.itemsize
+            found.append(_Result(number, None if whole else (result.shape, result.stride(), offset)))
         elif result.data_ptr() in addresses:
-            specified.append(addresses.index(result.data_ptr()))
+            found.append(addresses.index(result.data_ptr()))
         else:
             return None
-    own = {t.data_ptr() for t in fresh}
-    places = _Places(tensors, fresh, [t for t in watch.made if t.data_ptr() not in own], watch)
+    places = _Places(tensors, fresh, [t for t in watch.made if all(t is not own for own in fresh)], watch)
     rows, launches = [], []
     for kept, grid, args in watch.launches:
         terms = [places.term(value) for value in (*args, *(kept.constants if kept else ()))]
@@ -206,7 +222,13 @@ def _replay_of(watch: _Watch, tensors: tuple[Tensor | None, ...], results: Resul
         launches.append((kept, (x, y, z)))
     arguments = eval(f"lambda a, r, s, w: ({' '.join(rows)})", {"Address": _Address, **places.constants})
     blocks = tuple(row_blocks for _, row_blocks in watch.workspaces)
-    return _Replay(tuple(specified), places.scratch, blocks, tuple(launches), arguments)
+    made = tuple((t.shape, t.dtype) for t in fresh)
+    return _Replay(made, tuple(found), places.scratch, blocks, tuple(launches), arguments)
+
+
+def _holds(tensor: Tensor, address: int) -> bool:
+    """Whether an address lies in a tensor's memory; nothing but its own begins at that of an empty one."""
+    return 0 <= address - tensor.data_ptr() < max(1, tensor.untyped_storage().nbytes())
 
 
 class _Places:
@@ -234,8 +256,8 @@ class _Places:
         if address == 0:
             return "0"
         for t, name in self._made:
-            offset = address - t.data_ptr()
-            if 0 <= offset < t.untyped_storage().nbytes():
+            if _holds(t, address):
+                offset = address - t.data_ptr()
                 return f"{name} + {offset}" if offset else name
         return self._exact.get(address)
 

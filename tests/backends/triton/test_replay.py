@@ -16,9 +16,10 @@ triton = pytest.importorskip("triton")
 from triton import knobs  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from adalora_kernels.backends.triton import launch, measured, plans, replay, tickets, tiles  # noqa: E402
+from adalora_kernels.backends.triton import group, launch, measured, plans, replay, tickets, tiles  # noqa: E402
 from adalora_kernels.backends.triton.replay import replayed  # noqa: E402
 from adalora_kernels.reference.svd_linear import Adapter  # noqa: E402
+from adalora_kernels.reference.svd_linear_group import Member  # noqa: E402
 from tests.backends.triton.stub_driver import StubDriver, stub_driver  # noqa: E402
 
 pytestmark = pytest.mark.skipif(knobs.runtime.interpret, reason="TRITON_INTERPRET is set in this process")
@@ -134,8 +135,11 @@ class Labels:
 
 def check(direction: str, name: str, layout: dict[str, Any], others: dict[str, Any]) -> int:
     """Hold a call, replayed if it is known, to the launcher's own launches; returns how many launches were compared."""
-    launcher = plans.launcher(direction, name)
-    tensors, rest, args = call(direction, name, layout, others)
+    return held(plans.launcher(direction, name), *call(direction, name, layout, others))
+
+
+def held(launcher: Any, tensors: tuple[Tensor | None, ...], rest: tuple[Any, ...], args: tuple[Any, ...]) -> int:
+    """As ``check``, of any launcher's call."""
     direct: list[launch.Launched] = []
     with launch.noted(direct):
         expected = launcher(*args)
@@ -186,6 +190,27 @@ def test_layouts_are_told_apart(stub: StubDriver, direction: str, name: str) -> 
     for key, value in {"needs": (True, True, False, False), "scaling": 2.0, "dropout_p": 0.2}.items():
         check(direction, name, layout, others | {key: value})
         assert check(direction, name, layout, others) > 0
+
+
+@pytest.mark.parametrize("plan", ["shrink_tail", "one_pass"])
+def test_a_group_is_replayed_whole(stub: StubDriver, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``shrink_tail`` its layers share a pass over x, as ``one_pass`` they don't."""
+    drawn = tensors_of("forward", plan, random.Random(6))
+    known = []
+
+    def replayed_and_held(make: Any, tensors: Any, others: Any, *args: Any) -> Any:
+        known.append(held(make, tensors, others, args))
+        return make(*args)
+
+    monkeypatch.setattr(replay, "replayed", replayed_and_held)
+    for _ in range(2):
+        layout = drawn[0] | {"drop": False, "flat_e": False}
+        calls = [call("forward", plan, layout, drawn[1] | {"dropout_p": 0.0})[2] for _ in range(3)]
+        made = group.forward(
+            calls[0][0], [Member(weight, bias, adapter) for _, weight, bias, _, adapter in calls], plan
+        )
+        assert [(y.shape[1], u.shape[1]) for y, u in made] == [(N, 16)] * 3
+    assert known == [0, 4 if plan == "shrink_tail" else 3]
 
 
 @pytest.mark.parametrize(("direction", "name"), OF_THE_BLAS)
