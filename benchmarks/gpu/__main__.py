@@ -85,7 +85,7 @@ def core(machine: Machine, deadline: float) -> int:
     content: dict[str, Any] = {"environment": machine.environment(), "records": [], "left_out": []}
     sanitizer = children.under_the_sanitizer(machine, "memcheck", timeout=120)
     public = chain(checks.public_call(machine), groups.checks(machine), graphed.whole_steps(machine))
-    seen = list(announced(chain(children.parity(machine), public, sanitizer)))
+    seen = list(announced(chain(children.side_by_side(machine), public, sanitizer)))
     content["checks"] = [check.record() for check in seen if check.outcome != "holds"]
     content["checks_held"] = sum(check.outcome == "holds" for check in seen)
     failed = [check for check in seen if check.outcome == "FAILED"]

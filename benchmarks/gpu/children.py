@@ -1,4 +1,4 @@
-"""Checks in processes of their own: shapes side by side, since compiling takes long; and under compute-sanitizer."""
+"""Checks in processes of their own: side by side, since compiling takes long; and under compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,15 +17,30 @@ from benchmarks.gpu.machine import Machine
 
 _AT_ONCE = 8
 _FOUND = 99  # what compute-sanitizer exits with where it found something
+_SELF_TEST = [sys.executable, "-c", "from adalora_kernels.cli.main import main; raise SystemExit(main(['check']))"]
 _PARITY = [sys.executable, "-m", "benchmarks.gpu", "--part", "parity"]
 
 
-def parity(machine: Machine) -> Iterator[Check]:
-    """``checks.parity`` of every shape, each in a process of its own."""
+def side_by_side(machine: Machine) -> Iterator[Check]:
+    """The package's self-test, and ``checks.parity`` of every shape."""
     workers = max(1, min(_AT_ONCE, (os.cpu_count() or 2) // 2))
     with TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
-        for found in pool.map(partial(_parity_of, machine, Path(folder)), range(len(shapes(machine)))):
-            yield from found
+        jobs = [pool.submit(_self_test, machine)]
+        jobs += [pool.submit(_parity_of, machine, Path(folder), i) for i in range(len(shapes(machine)))]
+        for job in jobs:
+            yield from job.result()
+
+
+def _self_test(machine: Machine) -> list[Check]:
+    """``adalora-kernels check``: every backend that can run, the budget engine and the compiled extension with it."""
+    name = "adalora-kernels check"
+    if machine.dry:
+        return [Check(name, "skipped", "dry run")]
+    done = subprocess.run(_SELF_TEST, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return [Check(name, "holds")]
+    told = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    return [Check(name, "FAILED", f"exit {done.returncode}: " + ("\n".join(told) + done.stderr)[-2000:])]
 
 
 def _parity_of(machine: Machine, folder: Path, index: int) -> list[Check]:
@@ -62,4 +76,4 @@ def under_the_sanitizer(machine: Machine, tool: str, timeout: float) -> Iterator
         yield Check(name, "holds" if done.returncode == 0 else "FAILED", "" if done.returncode == 0 else tail)
 
 
-__all__ = ["parity", "under_the_sanitizer"]
+__all__ = ["side_by_side", "under_the_sanitizer"]
