@@ -8,9 +8,10 @@ from typing import Any
 from benchmarks.micro.layer import NAME as LAYER
 from benchmarks.micro.scaling import DEBERTA
 from benchmarks.report.wording import name, sentence
+from benchmarks.step.names import OURS_SWEPT
 
 FLOOR_MARGIN = 0.08
-ENGINE = "ours, AdaLoraAdamW"  # the way of it that is held to the bound
+ENGINE = OURS_SWEPT  # the way of it that is held to the bound
 ENGINE_MUST = 10.0  # on all cores; with one thread the sweeps' share of the time doubles, PEFT's hardly
 COPY_MUST = 1.5
 

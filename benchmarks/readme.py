@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bounds import COPY_MUST, ENGINE, ENGINE_MUST, FLOOR_MARGIN, LAYER, misses
+from benchmarks.marked import exchanged
 from benchmarks.report.sources import MAKE_BENCH, Measured, Source, read_folder
 from benchmarks.report.verdicts import HELD, MISSED, OPEN, on_gpu
 
@@ -141,11 +142,7 @@ def _percent(noise: float) -> str:
 
 def replaced(readme: str, made: str) -> str:
     """``readme`` with the part between the marks exchanged."""
-    head, _, rest = readme.partition(BEGIN)
-    _, mark, tail = rest.partition(END)
-    if not mark:
-        raise ValueError(f"README.md: expected the marks {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n{made}\n{END}{tail}"
+    return exchanged(readme, BEGIN, END, made)
 
 
 def main() -> int:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.marked import exchanged
 from benchmarks.paper import presets, records, tables
 from benchmarks.paper.standin import STAND_INS
 from benchmarks.paper.tasks import TASKS
 from benchmarks.records import read, write
+from benchmarks.step.names import LORA, OURS, PEFT
 
 BENCHMARKS = Path(__file__).parents[1]
 RUNS, COST = (BENCHMARKS / "results" / f"{name}.json" for name in ("stand-ins", "cost"))
 README = BENCHMARKS / "README.md"
-LORA, PEFT, OURS = "PEFT LoRA", "PEFT AdaLoRA", "ours"  # the names of benchmarks.step, which needs torch
 BEGIN, END = "<!-- stand-ins: begin (python -m benchmarks.paper keep) -->", "<!-- stand-ins: end -->"
 
 
@@ -36,11 +37,7 @@ def keep(held: records.Records) -> list[Path]:
 
 def with_section(readme: str) -> str:
     """``readme`` with the tables of the committed records between its marks."""
-    head, _, rest = readme.partition(BEGIN)
-    _, mark, tail = rest.partition(END)
-    if not mark:
-        raise ValueError(f"README.md: expected the marks {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n{section()}\n{END}{tail}"
+    return exchanged(readme, BEGIN, END, section())
 
 
 def section() -> str:

@@ -10,8 +10,8 @@ from benchmarks.report.figures import Figure, Section, Table
 from benchmarks.report.layers import alike, what
 from benchmarks.report.sources import Measured, Source
 from benchmarks.report.wording import capital, labels, name, number, phrases, sentence, shared
+from benchmarks.step.names import LORA, OURS, OURS_AGAIN, PEFT, eager
 
-AGAIN = "ours, once more"  # the same thing twice, for the noise
 WHOLE = "step"
 _MIB = 1 << 20
 _REFUSED = {"not_captured", "not_compiled"}  # where records say which contestants are missing, and why
@@ -60,7 +60,7 @@ def sections(sources: Sequence[Source]) -> Iterator[Section]:
 
 def phases(m: Measured) -> Figure:
     """One model's step as stacked bars."""
-    held = {c: by for c, by in m.record["phases"].items() if c != AGAIN}
+    held = {c: by for c, by in m.record["phases"].items() if c != OURS_AGAIN}
     times = m.milliseconds
     drawn = [Bar(name(c), by, c, number(times[c]["median"])) for c, by in held.items()]
     names = list(next(iter(held.values())))
@@ -80,7 +80,7 @@ def phases(m: Measured) -> Figure:
 
 def whole(m: Measured) -> Figure:
     """One model's steps as bars, and who is not among them."""
-    times = {c: t for c, t in m.milliseconds.items() if c != AGAIN}
+    times = {c: t for c, t in m.milliseconds.items() if c != OURS_AGAIN}
     refused = [f"not {name(c)}: {why}" for field in sorted(_REFUSED) for c, why in m.record.get(field, {}).items()]
     return Figure(
         ", ".join(phrases(m.case)),
@@ -99,15 +99,14 @@ def whole(m: Measured) -> Figure:
 
 def _ratios(m: Measured) -> str:
     """Ours beside PEFT's AdaLoRA and LoRA, in a sentence, with the noise."""
-    noise = m.noise("ours", "PEFT AdaLoRA")
+    noise = m.noise(OURS, PEFT)
     said = [
         f"{peft} takes {_marked(ratio, noise)} of {name(c)}"
-        for field, peft in (("peft_over_ours", "PEFT AdaLoRA"), ("eager_peft_over_ours", "PEFT AdaLoRA, eager,"))
+        for field, peft in (("peft_over_ours", PEFT), ("eager_peft_over_ours", f"{eager(PEFT)},"))
         for c, ratio in m.record.get(field, {}).items()
     ]
     said += [
-        f"{name(c)} takes {_marked(ratio, noise)} of PEFT LoRA"
-        for c, ratio in m.record.get("ours_over_lora", {}).items()
+        f"{name(c)} takes {_marked(ratio, noise)} of {LORA}" for c, ratio in m.record.get("ours_over_lora", {}).items()
     ]
     return "; ".join([*said, f"noise ±{100 * noise:.1f}%."])
 
@@ -121,7 +120,7 @@ def growth(group: list[Measured], key: str, axis: str) -> list[Figure]:
     ticks = sorted({m.case[key] for m in group if m.case.get(key) is not None})
     if len(ticks) < 2:
         return []
-    names = [c for c in group[0].milliseconds if c != AGAIN]
+    names = [c for c in group[0].milliseconds if c != OURS_AGAIN]
     lines = [
         Curve(name(c), [(m.case[key], m.milliseconds[c]["median"]) for m in group if c in m.milliseconds], c)
         for c in names
@@ -142,7 +141,7 @@ def memory(group: list[Measured], field: str, title: str) -> Figure:
     common = shared([m.case for m in group])
     drawn, rows = [], []
     for m, label in zip(group, labels([m.case for m in group]), strict=True):
-        kept: Mapping[str, Any] = {c: b for c, b in m.record[field].items() if c != AGAIN}
+        kept: Mapping[str, Any] = {c: b for c, b in m.record[field].items() if c != OURS_AGAIN}
         drawn.append(Group(label, [Bar(name(c), b / _MIB, c) for c, b in kept.items()]))
         rows += [
             [label or sentence(m.case), name(c), number(b / _MIB), f"{b:,}".replace(",", "\u202f")]
