@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
 
 
 def commit() -> str:
-    """The commit of the checkout, with a mark where it is changed."""
+    """The commit of the checkout, with a mark where it is changed; without git what ADALORA_COMMIT says."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
             capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("ADALORA_COMMIT") or "unknown"
     return done.stdout.strip()
 
 
