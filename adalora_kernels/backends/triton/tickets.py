@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 _SMALLEST = 1 << 12  # ints; 16 KiB is enough for 500,000 tokens in blocks of 128
 _RESERVE = 1 << 18  # ints; 1 MiB a device for the launches that graphs hold
@@ -110,10 +111,11 @@ def _buffer(device: torch.device, ints: int) -> Tensor:
     elif torch.cuda.is_current_stream_capturing():
         return _captured(device, ints)
     else:
-        stream = torch.cuda.current_stream(device).cuda_stream
-        with _reserve_lock:
-            if device not in _reserves:
-                _reserves[device] = (_lasting_zeros(device, _RESERVE), 0)
+        stream = driver.active.get_current_stream(device.index)  # its number, without an object around it
+        if device not in _reserves:
+            with _reserve_lock:
+                if device not in _reserves:
+                    _reserves[device] = (_lasting_zeros(device, _RESERVE), 0)
     buffer = _buffers.get((device, stream))
     if buffer is None or buffer.numel() < ints:
         buffer = _buffers[device, stream] = _lasting_zeros(device, max(ints, _SMALLEST))
