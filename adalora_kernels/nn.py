@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adalora_kernels.backends.select import Backend, parse
+from adalora_kernels.ops.checks import check_number
 from adalora_kernels.ops.explain import described, explain_layer
 from adalora_kernels.ops.shards import are_sharded
 from adalora_kernels.ops.svd_linear import svd_linear
@@ -37,6 +38,7 @@ class SVDLinear(nn.Linear):
         **kwargs: ``bias``, ``device``, ``dtype`` of nn.Linear.
 
     Raises:
+        TypeError: a setting is no number.
         ValueError: a negative rank, a probability outside [0, 1], or an unknown backend.
     """
 
@@ -53,12 +55,15 @@ class SVDLinear(nn.Linear):
         backend: str | Backend | None = None,
         **kwargs: Any,
     ) -> None:
+        check_number("r", r, whole=True)
+        check_number("lora_alpha", lora_alpha)
+        check_number("lora_dropout", lora_dropout)
         if r < 0:
             raise ValueError(f"r: expected a rank of at least 0, got {r}")
         if not 0.0 <= lora_dropout <= 1.0:
             raise ValueError(f"lora_dropout: expected a probability in [0, 1], got {lora_dropout}")
         super().__init__(in_features, out_features, **kwargs)
-        self.r = r
+        self.r = r = int(r)
         self.lora_alpha = lora_alpha
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         self.fan_in_fan_out = fan_in_fan_out

@@ -131,10 +131,19 @@ def test_half_while_merged() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    (({"r": -1}, "^r: expected"), ({"lora_dropout": 1.5}, "^lora_dropout: expected"), ({"backend": "x"}, "^backend:")),
+    (
+        ({"r": -1}, "^r: expected"),
+        ({"r": 2.5}, "^r: expected a whole number, got 2.5"),
+        ({"r": "4"}, "^r: expected a number, got '4'"),
+        ({"lora_alpha": "8"}, "^lora_alpha: expected a number"),
+        ({"lora_alpha": float("nan")}, "^lora_alpha: expected a finite number"),
+        ({"lora_dropout": 1.5}, "^lora_dropout: expected"),
+        ({"lora_dropout": "0.1"}, "^lora_dropout: expected a number"),
+        ({"backend": "x"}, "^backend:"),
+    ),
 )
 def test_bad_input(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         SVDLinear(3, 4, **arguments)  # type: ignore[arg-type]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
+from numbers import Real
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ class AdaLoraAdamW(torch.optim.AdamW):
         capturable: bool = False,
         **options: Any,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
+        if max_grad_norm is not None and not (isinstance(max_grad_norm, Real) and max_grad_norm > 0):
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
         if not isinstance(allocator, RankAllocator):
             raise ValueError(f"allocator: expected a RankAllocator, got {type(allocator).__name__}")

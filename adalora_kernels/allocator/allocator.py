@@ -14,9 +14,11 @@ from adalora_kernels.allocator.engine import BudgetEngine, Turn
 from adalora_kernels.allocator.fused import FusedImportance
 from adalora_kernels.allocator.placement import state_of
 from adalora_kernels.allocator.saved import check_saved_allocator
+from adalora_kernels.allocator.tensorboard import check_writer
 from adalora_kernels.allocator.watch import called, watch
 from adalora_kernels.allocator.zero import ZeroAttachment, zero_optimizer
 from adalora_kernels.backends.select import Backend, select
+from adalora_kernels.ops.checks import check_number
 from adalora_kernels.ops.importance import offers_layer
 
 
@@ -59,8 +61,8 @@ class RankAllocator(BudgetEngine):
         kept: for each layer, which of its first rows ``compact`` has left; None before that.
 
     Raises:
-        ValueError: a model without such layers, a layer on several devices (or layers, with ``capturable``), or a
-            setting out of its range; named in the message.
+        TypeError, ValueError: a model without such layers, a layer on several devices (or layers, with ``capturable``),
+            or a setting that is not of its kind or out of its range; named in the message.
     """
 
     def __init__(
@@ -85,15 +87,15 @@ class RankAllocator(BudgetEngine):
         backend: str | Backend | None = None,
         capturable: bool = False,
     ) -> None:
-        for name, beta in (("beta1", beta1), ("beta2", beta2)):
-            if not 0 < beta < 1:
-                raise ValueError(f"{name}: expected a number between 0 and 1, got {beta}")
+        numbers = {"lora_r": lora_r, "target_rank": target_rank, "init_warmup": init_warmup,
+                   "final_warmup": final_warmup, "beta1": beta1, "beta2": beta2}  # fmt: skip
+        for name, value in numbers.items():
+            check_number(name, value)
+            if name.startswith("beta") and not 0 < value < 1:
+                raise ValueError(f"{name}: expected a number between 0 and 1, got {value}")
         if lora_r < 0:
             raise ValueError(f"lora_r: expected at least 0, got {lora_r}")
-        if tb_writter_loginterval < 1:
-            raise ValueError(f"tb_writter_loginterval: expected at least 1, got {tb_writter_loginterval}")
-        if capturable and tb_writter is not None:
-            raise ValueError("tb_writter: expected None with capturable=True, since to write waits for the device")
+        check_writer(tb_writter, tb_writter_loginterval, capturable)
         super().__init__(model, adapter, variant, metric, reduction, backend, capturable)
         self.lora_init_rank = lora_r
         self.total_rank = lora_r * len(self.triplets) if variant == "peft" else self.importance.layout.total_rank
@@ -111,7 +113,7 @@ class RankAllocator(BudgetEngine):
         self._measured: tuple[Turn, Tensor | None] | None = None
         self._handled: tuple[int | None, tuple[int | Tensor, Tensor | None]] | None = None
         # With T not known yet, the longest schedule stands in for it: every other setting is checked now.
-        self._schedule(init_warmup + final_warmup + 1 if total_step is None else total_step)
+        self._schedule(int(init_warmup + final_warmup) + 1 if total_step is None else total_step)
         watch(self, self.triplets[0].slots[1], "RankAllocator was made", "allocator.attach(optimizer)")
 
     def set_total_step(self, total_step: int) -> None:
@@ -265,9 +267,11 @@ class RankAllocator(BudgetEngine):
             A handle; ``detach()``, or leaving it as a context manager, undoes this.
 
         Raises:
-            TypeError: not an optimizer.
+            TypeError: not an optimizer, or ``step`` is no function.
             ValueError: it holds no adapter of this model, or the allocator is attached to another one.
         """
+        if step is not None and not callable(step):
+            raise TypeError(f"step: expected a function that gives its number, got {step!r:.60}")
         attachment, zero = self._attachment, zero_optimizer(optimizer)
         if zero is None and isinstance(optimizer, nn.Module):  # an engine without ZeRO
             optimizer = getattr(optimizer, "optimizer", optimizer)

@@ -19,12 +19,15 @@ from adalora_kernels.backends.select import Backend
 
 
 class Due(NamedTuple):
-    """What one step does, as ``StepPlan``, on the device: budget int32 [1], the others bool [1]."""
+    """What one step does, as ``StepPlan``, on the device: budget int32 [1], the others bool [1].
+
+    ``settled`` is whether the pattern is final after it.
+    """
 
     budget: Tensor
     update: Tensor
     rank: Tensor
-    settle: Tensor
+    settled: Tensor
     reset: Tensor
     reapply: Tensor
 
@@ -85,7 +88,11 @@ class DeviceClock:
         self._write_zeros(state)
         steps, device = range(schedule.total_step + 2), self.steps.device
         plans = [schedule.plan(step, settled) for settled in (False, True) for step in steps]
-        flags = [[p.update, p.rank, p.settle, p.reset, p.reapply] for p in plans]
+        was_settled = [False] * len(steps) + [True] * len(steps)
+        flags = [
+            [p.update, p.rank, p.settle or (settled and not p.update), p.reset, p.reapply]
+            for p, settled in zip(plans, was_settled, strict=True)
+        ]
         self._budgets = torch.tensor([p.budget for p in plans[: len(steps)]], dtype=torch.int32, device=device)
         self._flags = torch.tensor(flags, dtype=torch.bool, device=device)
         self._resets = any(p.reset for p in plans)
@@ -140,7 +147,7 @@ class DeviceClock:
         threshold = torch.where(ranked[0], state.mask(scores, lora_E, budget, masked, backend), torch.nan)
         self.threshold.copy_(threshold)
         self.last_threshold.copy_(torch.where(ranked[0], threshold, self.last_threshold))
-        self.settled.logical_or_(due.settle)
+        self.settled.copy_(due.settled)
         if self._resets:
             state.scores.masked_fill_(due.reset, 0.0)
             self.updates.masked_fill_(due.reset, 0)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from adalora_kernels.ops.checks import check_number
+
 VARIANTS = ("original", "peft", "paper")
 
 
@@ -51,7 +53,10 @@ class BudgetSchedule:
         variant: "original" and "paper" rank at every step after T - t_f; "peft" ranks once at T - t_f, resets the
             averages there and re-applies the pattern afterwards.
 
+    Warm-ups may be fractions of a step, as shares of T come out; the others are whole.
+
     Raises:
+        TypeError: a setting is no number.
         ValueError: a negative or unordered length, an interval below 1, a negative rank, or an unknown variant.
     """
 
@@ -64,6 +69,11 @@ class BudgetSchedule:
     variant: str = "original"
 
     def __post_init__(self) -> None:
+        for name in ("init_warmup", "final_warmup"):
+            check_number(name, getattr(self, name))
+        for name in ("total_step", "mask_interval", "initial_rank", "target_rank"):
+            check_number(name, value := getattr(self, name), whole=True)
+            object.__setattr__(self, name, int(value))
         for name in ("init_warmup", "final_warmup", "initial_rank", "target_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")

@@ -6,10 +6,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from adalora_kernels.ops.checks import check_number
 from adalora_kernels.reference.orthogonality import orthogonality
 
 if TYPE_CHECKING:
     from adalora_kernels.allocator.engine import BudgetEngine
+
+
+def check_writer(writer: Any, interval: int, capturable: bool) -> None:
+    """Hold a writer, and the steps from one record to the next, to be what ``RankAllocator`` can log by.
+
+    Raises:
+        TypeError, ValueError: they are not; named as its arguments are.
+    """
+    if writer is not None and capturable:
+        raise ValueError("tb_writter: expected None with capturable=True, since to write waits for the device")
+    if writer is not None and not callable(getattr(writer, "add_scalar", None)):
+        raise TypeError(f"tb_writter: expected a SummaryWriter or None, got {type(writer).__name__}")
+    check_number("tb_writter_loginterval", interval, whole=True)
+    if interval < 1:
+        raise ValueError(f"tb_writter_loginterval: expected at least 1, got {interval}")
 
 
 def write_scalars(writer: Any, allocator: BudgetEngine, threshold: Tensor | None, step: int) -> None:
@@ -41,4 +57,4 @@ def write_scalars(writer: Any, allocator: BudgetEngine, threshold: Tensor | None
     writer.add_scalar("train/orth_regu_loss", sum(deviations) / len(deviations), step)
 
 
-__all__ = ["write_scalars"]
+__all__ = ["check_writer", "write_scalars"]

@@ -72,10 +72,12 @@ def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]
             left, or all where none trains.
 
     Raises:
-        TypeError: not a module.
+        TypeError: not a module, or ``adapter`` is no name.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}")
+    if not isinstance(adapter, str | None):
+        raise TypeError(f"adapter: expected a name or None, got {type(adapter).__name__}")
     slots: dict[str, Slot] = {
         f"{path}.{key}" if path else key: (module._parameters, key)
         for path, module in model.named_modules(remove_duplicate=False)

@@ -9,7 +9,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,8 @@ try:
     from peft.tuners.tuners_utils import BaseTunerLayer
 except ImportError as error:
     raise ImportError("configurations for PEFT need it: pip install 'adalora-kernels[peft]'") from error
+
+from adalora_kernels.ops.checks import check_number
 
 # Medians of the paper's twelve runs (appendix tables of hyper-parameters; steps = epochs · examples / batch):
 # the initial warm-up takes 4 to 18 % of the steps, the final one 44 to 63 %.
@@ -104,6 +106,7 @@ def recommended_config(
         heads = []  # it was pretrained with the rest
     target_r = _average_rank(budget, model, layers)
     init_r = settings.get("init_r", _initial_rank(target_r, layers))
+    check_number("init_r", init_r, whole=True)
     initial, final = round(INITIAL_WARMUP_SHARE * total_step), round(FINAL_WARMUP_SHARE * total_step)
     names, excluded = (list(target_modules), []) if target_modules is not None else _shortest_names(model, layers)
     recommended = {
@@ -212,8 +215,8 @@ def _layers_and_heads(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]
 
 
 def _named(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    if isinstance(names, str):
-        raise TypeError(f"target_modules: expected a list of names, got the string {names!r}")
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"target_modules: expected a list of names, got {names!r:.60}")
     linear = _linear_layers(model)
     unmatched = [name for name in names if not any(_ends_with(path, name) for path in linear)]
     if unmatched or not names:

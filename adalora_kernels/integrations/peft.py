@@ -69,12 +69,14 @@ def patch_model(peft_model: Model, backend: str | Backend | None = None, *, sibl
         ``peft_model``.
 
     Raises:
-        TypeError: not a module.
+        TypeError: not a module, or ``siblings`` is none of the three.
         ValueError: no AdaLoRA layers in it, or an unknown backend.
         RuntimeError: the backend asked for can't run here.
         In each case the model is as it was.
     """
     layers, tuners = _find(peft_model)
+    if not isinstance(siblings, bool | None):
+        raise TypeError(f"siblings: expected True, False or None, got {siblings!r:.60}")
     if parse(backend) is not None:
         for layer in layers.values():
             for factor in layer.lora_A.values():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,9 +72,22 @@ def _check_rank_vector(name: str, tensor: Tensor, r: int) -> None:
         raise ValueError(f"{name}: expected [{r}, 1] or [{r}], got {list(tensor.shape)}")
 
 
+def check_number(name: str, value: Any, *, whole: bool = False) -> None:
+    """Hold a setting to be a finite number, or a whole one.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not finite, or has a fraction where ``whole``.
+    """
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r:.60}")
+    if not math.isfinite(value) or (whole and value % 1):
+        raise ValueError(f"{name}: expected a {'whole' if whole else 'finite'} number, got {value}")
+
+
 def floating_state_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype of state kept for these parameters: fp64 if any of them is fp64, else fp32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-__all__ = ["check_layer", "floating_state_dtype"]
+__all__ = ["check_layer", "check_number", "floating_state_dtype"]

@@ -231,8 +231,9 @@ def test_refuses() -> None:
     for option in ("amsgrad", "maximize", "capturable", "differentiable"):
         with pytest.raises(ValueError, match=f"{option}: expected False"):
             AdaLoraAdamW(groups(model), allocator=allocator, **{option: True})
-    with pytest.raises(ValueError, match="max_grad_norm: expected a positive number"):
-        AdaLoraAdamW(groups(model), allocator=allocator, max_grad_norm=0.0)
+    for norm in (0.0, "1"):
+        with pytest.raises(ValueError, match="max_grad_norm: expected a positive number"):
+            AdaLoraAdamW(groups(model), allocator=allocator, max_grad_norm=norm)
     with pytest.raises(ValueError, match="allocator: expected a RankAllocator"):
         AdaLoraAdamW(groups(model), allocator=None)  # type: ignore[arg-type]
     some = AdaLoraAdamW([model.body[0].lora_A, model.body[0].lora_B], allocator=allocator)

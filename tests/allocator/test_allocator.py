@@ -203,10 +203,13 @@ class TestEdges:
         ("name", "value"),
         (("beta1", 0.0), ("beta2", 1.0), ("lora_r", -1), ("target_rank", -1), ("init_warmup", -1),
          ("final_warmup", -2), ("tb_writter_loginterval", 0), ("mask_interval", 0), ("total_step", 75),
-         ("variant", "papper"), ("metric", "ipd"), ("reduction", "median")),
+         ("variant", "papper"), ("metric", "ipd"), ("reduction", "median"), ("lora_r", "4"), ("target_rank", "2"),
+         ("init_warmup", "2"), ("final_warmup", None), ("mask_interval", 1.5), ("beta1", "x"), ("beta2", torch.nan),
+         ("total_step", "90"), ("total_step", 90.5), ("target_rank", 1.1), ("adapter", 3), ("tb_writter", 3),
+         ("tb_writter_loginterval", "x"), ("backend", 3)),
     )  # fmt: skip
     def test_bad_settings(self, name: str, value: Any) -> None:
-        with pytest.raises(ValueError, match=f"^{name}: expected"):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
             RankAllocator(network(), **(SETTINGS | {name: value}))
 
     def test_total_step_comes_later(self) -> None:
@@ -218,6 +221,13 @@ class TestEdges:
         assert allocator.total_step is None
         allocator.set_total_step(76)
         assert allocator.schedule.total_step == 76
+
+    def test_settings_that_are_whole_in_another_kind(self) -> None:
+        """As shares of T come out."""
+        settings = SETTINGS | {"lora_r": 4.0, "init_warmup": 0.1 * 101, "mask_interval": 5.0, "total_step": 101.0}
+        schedule = RankAllocator(network(), **settings, variant="peft").schedule
+        assert (schedule.total_step, schedule.budget(10), schedule.budget(101)) == (101, 4 * 4, 4 * 2)
+        assert all(type(schedule.budget(step)) is int for step in range(102))
 
     def test_negative_step(self) -> None:
         model, allocator = trained(1)

@@ -124,6 +124,8 @@ def test_what_can_be_attached_to() -> None:
     model, allocator = made()
     with pytest.raises(TypeError, match=r"^optimizer: expected a torch.optim.Optimizer, got Sequential"):
         allocator.attach(model)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^step: expected a function that gives its number, got 3"):
+        allocator.attach(adam(model), step=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^optimizer: expected one that trains the adapters, found none of 0's"):
         allocator.attach(torch.optim.SGD(nn.Linear(2, 2).parameters()))
     accelerate = pytest.importorskip("accelerate")

@@ -194,3 +194,23 @@ class TestRefused:
         allocator.compact()
         with pytest.raises(ValueError, match=r"^like: expected the state of a model that had this one's layers"):
             other.compact(like=allocator.state_dict())
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("variant", ("original", "peft"))
+def test_not_before_the_end_of_a_schedule_that_was_prolonged(variant: str, capturable: bool) -> None:
+    """As for a training that is resumed for more steps: what was final is pruned further."""
+    model = network()
+    settings = SETTINGS | {"target_rank": 2, "final_warmup": 20, "total_step": END + 20}
+    allocator = RankAllocator(model, **settings, variant=variant, capturable=capturable)
+    optimizer = adam(model)
+    allocator.attach(optimizer)
+    train(model, optimizer, range(END + 2))
+    assert allocator.state_dict()["settled"]
+    allocator.set_total_step(END + 40)
+    allocator.target_rank = 3  # of all three layers
+    train(model, optimizer, range(END + 2, END + 10))
+    with pytest.raises(ValueError, match=f"expected the final phase, that is, a ranking at or after step {END + 20}"):
+        allocator.compact()
+    train(model, optimizer, range(END + 10, END + 23))
+    assert sum(allocator.compact().values()) == 3

@@ -205,8 +205,12 @@ def test_bad_arguments(change: dict[str, Any], message: str) -> None:
 def test_arguments_of_wrong_types() -> None:
     with pytest.raises(TypeError, match="model: expected the base model, got str"):
         recommended_config("llama", 100, 2)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="target_modules: expected a list of names, got the string"):
-        recommended_config(build("llama").unload(), 100, 2, target_modules="all-linear")
+    base = build("llama").unload()
+    for names in ("all-linear", 3):
+        with pytest.raises(TypeError, match=r"target_modules: expected a list of names, got ('all-linear'|3)"):
+            recommended_config(base, 100, 2, target_modules=names)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="init_r: expected a number, got '6'"):
+        recommended_config(base, 100, 2, init_r="6")
 
 
 def configured(**changes: Any) -> AdaLoraConfig:

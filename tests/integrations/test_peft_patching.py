@@ -83,6 +83,8 @@ def test_a_refused_backend_leaves_the_model_as_it_was() -> None:
     classes, attributes = _classes(model), _attributes(model)
     with pytest.raises(ValueError, match="backend"):
         patch_model(model, backend="abacus")
+    with pytest.raises(TypeError, match="siblings: expected True, False or None, got 'yes'"):
+        patch_model(model, siblings="yes")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="triton"):
         patch_model(model.double(), backend="triton")
     assert _classes(model) == classes and _attributes(model) == attributes

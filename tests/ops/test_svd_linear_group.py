@@ -192,6 +192,9 @@ def test_bad_input_names_the_layer() -> None:
     x, layers, _ = group_inputs()
     with pytest.raises(ValueError, match="layers: expected at least one layer, got none"):
         svd_linear_group(x, [])
+    for strange in (3, [3], layers[0]):  # the last is a layer, not a list of them
+        with pytest.raises(TypeError, match=r"layers: expected \('weight', 'lora_A', .* of each layer, got"):
+            svd_linear_group(x, strange)
     wrong = layers[1]._replace(lora_A=torch.zeros(0, 7, dtype=torch.float64))
     with pytest.raises(
         ValueError, match=r"layers\[1\]\.lora_A: expected \[R, 33\] \(x has 33 features\), got \[0, 7\]"
