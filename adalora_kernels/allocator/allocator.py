@@ -17,9 +17,8 @@ from adalora_kernels.allocator.saved import check_saved_allocator
 from adalora_kernels.allocator.tensorboard import check_writer
 from adalora_kernels.allocator.watch import called, watch
 from adalora_kernels.allocator.zero import ZeroAttachment, zero_optimizer
-from adalora_kernels.backends.select import Backend, select
+from adalora_kernels.backends.select import Backend
 from adalora_kernels.ops.checks import check_number
-from adalora_kernels.ops.importance import offers_layer
 
 
 class RankAllocator(BudgetEngine):
@@ -212,24 +211,22 @@ class RankAllocator(BudgetEngine):
             self.note(step, self.update_and_mask(model, step))
 
     def fuse_backward(self, enabled: bool = True) -> None:
-        """Variant "paper": let each layer's backward take its gradients into the averages, while they are in the cache.
+        """Variant "paper": let each layer's backward take its gradients into the averages, on a CPU while they are in
+        the cache, on a GPU before they leave the registers.
 
         Where a gradient is not final when its layer's backward ends (clipping, a reduction, a loss scale, a hook, a
-        module that runs twice), the launch before the optimizer's step does the whole model over, with equal results;
-        ``explain(allocator)`` says which it was. An orthogonality term joins in with ``accumulate=True``.
+        module that runs twice), the launch before the optimizer's step does it over, with equal results: on a CPU the
+        whole model, on a GPU the parameters in question. ``explain(allocator)`` says which it was; on a GPU, where
+        nothing waits while training, it asks the device. An orthogonality term joins in with ``accumulate=True``.
+
+        Off by default: what it saves on a GPU is calculated (``allocator.fused``), and no device has timed it.
 
         Raises:
-            RuntimeError: the backend of importance has no such update on this device (Triton's and CUDA's have none).
+            RuntimeError: the backend of importance can't run; the reason is named.
             ValueError: another variant, which reads the parameters after the step; or layers on several devices.
         """
         if not self.pre_step:
             raise ValueError(f"variant: expected 'paper', which alone scores before the step, got {self.variant!r}")
-        scores = self.importance.scores
-        chosen = select("importance", scores.device.type, scores.dtype, 0, self.backend).backend
-        if enabled and not offers_layer(chosen, scores.device.type):
-            raise RuntimeError(
-                f"backend {chosen.value!r} can't fuse importance into a backward on {scores.device.type}"
-            )
         if self.fused is not None:
             self.fused.stop()
         self.fused = FusedImportance(self) if enabled else None

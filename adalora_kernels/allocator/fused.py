@@ -6,6 +6,13 @@ beforehand but looked at afterwards: nothing may have written to it since. The n
 the ping-pong pair, so where a gradient was clipped, reduced, unscaled, hooked, or made by a module that ran twice, the
 launch before the optimizer's step does it over: the whole model on the CPU, which has no launch otherwise; that
 parameter on a GPU, where the launch is made in any case and skips the others.
+
+What a GPU saves by it, by calculation; no device has timed it. With fp32 adapters and K = N the launch before the step
+moves 24 bytes an element, and the one that adds the orthogonality term's gradients 12. In the backward it is 20 for A
+and 16 for B, the term included, and 1 for the sums that are handed over: 19 on average in place of 24, or of 36 with
+the term. Against that, every micro-batch pays, since none knows that it is the last, and a layer's backward is
+launched by the longer way on the host. ``AdaLoraAdamW`` moves 44 bytes with importance and 28 without: beside it 47 in
+place of 44, or of 56 with the term.
 """
 
 from __future__ import annotations
@@ -147,6 +154,9 @@ class FusedImportance:
             planned = self._plan(layer)
         else:
             planned = None if begun is None or not begun.done else Planned(begun.before, begun.term)
+            if planned is None and not step.because and self._wanted():
+                name = self._engine.triplets[layer].name
+                step.because = f"the backward of {name} did not come to a last stage that takes importance"
         step.expected[layer] = None
         if planned is None or not all(map(_fits, grads, params)):
             return

@@ -107,12 +107,6 @@ def finisher_of(backend: Backend) -> Finisher | None:
     return found
 
 
-def offers_layer(backend: Backend, device_type: str) -> bool:
-    """Whether importance can be fused into a layer's backward on this backend and device."""
-    has_layer = hasattr(implementation("importance", backend), "importance_layer")
-    return hands_over(backend, device_type) or has_layer
-
-
 class Sink(Protocol):
     """Who takes gradients in the backward that makes them; ``allocator.fused`` has the one there is."""
 
@@ -176,7 +170,6 @@ __all__ = [
     "importance_layer",
     "importance_update",
     "listen",
-    "offers_layer",
     "sink_of",
     "triplet_scores",
 ]
