@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 DEFAULT = "benchmarks/results/cpu.json"
 LEAST = 0.03  # relative; less is not worth a word, whatever the noise was
 OURS = ("ours", "native", "adalora")
-BASELINES = ("frozen", "PEFT", "PEFT AdaLoRA", "peft", "AdamW alone", "copy")
+BASELINES = (
+    "frozen", "frozen model", "PEFT", "PEFT AdaLoRA", "peft", "AdamW alone", "copy", "PEFT LoRA, eager"
+)  # fmt: skip
 EXACT = ("operators", "saved_bytes", "launches")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -106,48 +107,18 @@ def measure(
     torch.manual_seed(0)
     layer = peft_layer(k, n, r).to(dtype)
     base, adapter = layer.get_base_layer(), [layer.lora_A["default"], layer.lora_E["default"], layer.lora_B["default"]]
-    w, bias = base.weight, base.bias
-    c = ALPHA / (r + 1e-5)
     copies = max(2, -(-(96 << 20) // ((m * k + m * n) * dtype.itemsize)))
     xs = [torch.randn(m, k, dtype=dtype, requires_grad=True) for _ in range(copies)]
     gs = [torch.randn(m, n, dtype=dtype) for _ in range(copies)]
     a, e, b = adapter
-    lora = lora_layer(copy.deepcopy(base), a, e, b, c)
-
-    def ours(x: Tensor) -> Tensor:
-        return svd_linear(x, w, *adapter, bias=bias, scaling=c)
-
-    calls: dict[str, Call] = {
-        "frozen": lambda x: F.linear(x, w, bias),
-        "ours": ours,
-        "peft": layer,
-        "addmm_": lambda x: AddmmByHand.apply(x, w, bias, *adapter, c),
-        "PEFT LoRA": lora,
-        "original": lambda x: expression(x, w, bias, a, e, b, c),
-        AGAIN: ours,
-    }
-    if compiled:
-        calls["original, torch.compile"] = torch.compile(calls["original"], fullgraph=True)
-        calls["ours, torch.compile"] = torch.compile(ours, fullgraph=True)
+    lora = lora_layer(copy.deepcopy(base), a, e, b, factor(r))
+    calls = _calls(layer, lora, adapter, compiled)
     check_equal(calls, xs[0], gs[0], adapter)
     trained = [*adapter, *(p for p in lora.parameters() if p.requires_grad)]
-
-    def contestant(call: Call, offset: int) -> Contestant:
-        turn = [offset]
-
-        def prepare() -> Callable[[], object]:
-            i = turn[0] % copies
-            turn[0] += 1
-            for t in (xs[i], *trained):
-                t.grad = None
-            return lambda: call(xs[i]).backward(gs[i])
-
-        return prepare
-
-    contestants = {name: contestant(call, i) for i, (name, call) in enumerate(calls.items())}
+    contestants = {name: _in_turn(call, xs, gs, trained, i) for i, (name, call) in enumerate(calls.items())}
     with ExitStack() as running:
         if other_peft is not None:
-            other = running.enter_context(Elsewhere(other_peft, threads, [w, bias], adapter, xs, gs))
+            other = running.enter_context(Elsewhere(other_peft, threads, [base.weight, base.bias], adapter, xs, gs))
             check_same(f"PEFT {other.version}", other.results, _results(layer, xs[0], gs[0], adapter))
             contestants[f"PEFT {other.version}"] = lambda: other.run
             contestants = {name: settled(prepare) for name, prepare in contestants.items()}
@@ -162,6 +133,50 @@ def measure(
         "flop_floor": floor(k, n, r),
         "rounds": rounds,
     }
+
+
+def factor(r: int) -> float:
+    """c = alpha / (r + 1e-5)."""
+    return ALPHA / (r + 1e-5)
+
+
+def _calls(layer: Any, lora: nn.Module, adapter: list[Tensor], compiled: bool) -> dict[str, Call]:
+    base = layer.get_base_layer()
+    w, bias, c = base.weight, base.bias, factor(adapter[0].shape[0])
+
+    def ours(x: Tensor) -> Tensor:
+        return svd_linear(x, w, *adapter, bias=bias, scaling=c)
+
+    def original(x: Tensor) -> Tensor:
+        a, e, b = adapter
+        return expression(x, w, bias, a, e, b, c)
+
+    calls: dict[str, Call] = {
+        "frozen": lambda x: F.linear(x, w, bias),
+        "ours": ours,
+        "peft": layer,
+        "addmm_": lambda x: AddmmByHand.apply(x, w, bias, *adapter, c),
+        "PEFT LoRA": lora,
+        "original": original,
+        AGAIN: ours,
+    }
+    if compiled:
+        calls["original, torch.compile"] = torch.compile(original, fullgraph=True)
+        calls["ours, torch.compile"] = torch.compile(ours, fullgraph=True)
+    return calls
+
+
+def _in_turn(call: Call, xs: list[Tensor], gs: list[Tensor], trained: list[Tensor], first: int) -> Contestant:
+    """Forward and backward on one input after the other."""
+    order = itertools.count(first)
+
+    def prepare() -> Callable[[], object]:
+        i = next(order) % len(xs)
+        for t in (xs[i], *trained):
+            t.grad = None
+        return lambda: call(xs[i]).backward(gs[i])
+
+    return prepare
 
 
 def check_equal(calls: dict[str, Call], x: Tensor, g: Tensor, adapter: list[Tensor]) -> None:
