@@ -21,7 +21,7 @@ from benchmarks.gpu import layers as contest
 from benchmarks.gpu.checks import Check, assert_repeats, judged, poisoned
 from benchmarks.gpu.layers import Case, Layer
 from benchmarks.gpu.machine import Machine, Run
-from benchmarks.gpu.timed import summary
+from benchmarks.gpu.timed import replayed
 
 STACK = "triton:shrink_tail/blas"  # the plans that a stack's kernels are for several layers
 SHAPES = ((768, (768, 768, 768)), (4096, (4096, 1024, 1024)), (4096, (14336, 14336)))  # BERT, Llama, its gate and up
@@ -120,15 +120,8 @@ def measure(case: GroupCase, machine: Machine) -> list[dict[str, Any]]:
     }  # fmt: skip
     records = []
     for direction, prepare in (("forward", _forward_run), ("forward + backward", _both_run)):
-        pool = machine.pool()
-        graphs = {
-            name: machine.recorded([prepare(name, call, layers) for layers in sets], pool)
-            for name, call in calls.items()
-        }
-        seconds = machine.replays(graphs)
-        del graphs
-        machine.forget()
-        records.append(about | {"direction": direction, "copies": len(sets), **summary(seconds, len(sets))})
+        runs = {name: [prepare(name, call, layers) for layers in sets] for name, call in calls.items()}
+        records.append(about | {"direction": direction, "copies": len(sets), **replayed(runs, machine)})
     return records
 
 

@@ -21,7 +21,7 @@ from benchmarks.gpu import layers as contest
 from benchmarks.gpu.host import queued
 from benchmarks.gpu.layers import Case, Layer
 from benchmarks.gpu.machine import Machine, Run
-from benchmarks.gpu.timed import summary
+from benchmarks.gpu.timed import replayed
 from benchmarks.timing import Sample
 
 PEAK = 8192
@@ -42,9 +42,8 @@ def questions(machine: Machine, shapes: Sequence[tuple[int, int]], tokens: Seque
 
 def timed(question: str, case: Case, sets: list[Layer], calls: Calls, machine: Machine) -> dict[str, Any]:
     """Each call over every set of inputs, recorded as one graph."""
-    pool = machine.pool()
-    graphs = {name: machine.recorded([partial(call, layer) for layer in sets], pool) for name, call in calls.items()}
-    return {"benchmark": question, "case": case.record(), **summary(machine.replays(graphs), len(sets))}
+    runs = {name: [partial(call, layer) for layer in sets] for name, call in calls.items()}
+    return {"benchmark": question, "case": case.record(), **replayed(runs, machine)}
 
 
 def ceilings(machine: Machine) -> dict[str, Any]:

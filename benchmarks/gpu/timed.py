@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,18 +46,22 @@ def measure(case: Case, machine: Machine, compiled: bool = False) -> list[dict[s
     )
     records = []
     for direction, calls, prepare in directions:
-        pool = machine.pool()
-        graphs = {
-            name: machine.recorded([prepare(name, call, layer) for layer in sets], pool) for name, call in calls.items()
-        }
-        seconds = machine.replays(graphs)
-        del graphs
-        machine.forget()
-        records.append(about | {"direction": direction, "copies": len(sets), **summary(seconds, len(sets))})
+        runs = {name: [prepare(name, call, layer) for layer in sets] for name, call in calls.items()}
+        records.append(about | {"direction": direction, "copies": len(sets), **replayed(runs, machine)})
     return records
 
 
-def summary(seconds: dict[str, list[float]], runs: int) -> dict[str, Any]:
+def replayed(runs: Mapping[str, Sequence[Run]], machine: Machine) -> dict[str, Any]:
+    """Times and ratios of contestants, each of which has as many runs, replayed as one graph."""
+    pool = machine.pool()
+    graphs = {name: machine.recorded(of, pool) for name, of in runs.items()}
+    seconds = machine.replays(graphs)
+    del graphs
+    machine.forget()
+    return _summary(seconds, len(runs[contest.FROZEN]))
+
+
+def _summary(seconds: dict[str, list[float]], runs: int) -> dict[str, Any]:
     """Medians with 20/80 percentiles per run, in µs, and the ratios to the frozen linear."""
     scaled = {name: [1e6 * s / runs for s in values] for name, values in seconds.items()}
     return {
@@ -102,4 +106,4 @@ def saved_bytes(call: Call, layer: Layer) -> int:
     return sum(t.nbytes for t in saved if t.data_ptr() not in own)
 
 
-__all__ = ["explain", "measure", "saved_bytes", "summary"]
+__all__ = ["explain", "measure", "replayed", "saved_bytes"]
