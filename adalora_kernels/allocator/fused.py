@@ -255,7 +255,10 @@ class FusedImportance:
                 continue
             known += map(_arrived, own, expected)
             if not all(known[-3:]):
-                reasons[layer] = f"the gradient of {name} was written to after its backward"
+                moved = any(p._version != e.param_version for p, e in zip(own, expected, strict=True))
+                reasons[layer] = (
+                    f"{'a parameter' if moved else 'the gradient'} of {name} was written to after its backward"
+                )
         because = next(iter(reasons.values()), "")
         if reasons and not (self._way.piecewise and any(known)):
             self._note(f"launched before the step: {because}")

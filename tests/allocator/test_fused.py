@@ -13,7 +13,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from adalora_kernels import AdaLoraAdamW, RankAllocator, SVDLinear, compute_orth_regu, explain
+from adalora_kernels import AdaLoraAdamW, RankAllocator, SVDLinear, compute_orth_regu, explain, svd_linear_group
 
 SETTINGS: dict[str, Any] = {"lora_r": 6, "target_rank": 2, "init_warmup": 3, "final_warmup": 4, "mask_interval": 2,
                             "beta1": 0.85, "beta2": 0.85, "total_step": 16, "variant": "paper"}  # fmt: skip
@@ -134,6 +134,13 @@ def scaled(model: nn.Module, step: int) -> None:
             p.grad.div_(8)
 
 
+def changed(model: nn.Module, step: int) -> None:
+    """The parameter, not its gradient."""
+    one_backward(model, step)
+    with torch.no_grad():
+        model.first.lora_A.mul_(1.01)
+
+
 @pytest.mark.parametrize(
     ("backward", "runs", "because"),
     [
@@ -142,6 +149,7 @@ def scaled(model: nn.Module, step: int) -> None:
         (clipped, 1, "the gradient of first was written to after its backward"),
         (hooked, 1, "the gradient of second was written to after its backward"),
         (scaled, 1, "the gradient of first was written to after its backward"),
+        (changed, 1, "a parameter of first was written to after its backward"),
     ],
 )
 def test_where_it_is_not_legal_the_launch_does_it(backward: Any, runs: int, because: str) -> None:
@@ -216,6 +224,24 @@ def test_beside_checkpointing() -> None:
         optimizer.step()
         outcomes.add(explain(allocator)[0].reason.split("last step: ")[1])
     assert outcomes == {FUSED}
+
+
+def test_siblings_beside_checkpointing() -> None:
+    """Layers of one node, whose saved parameters are aliases then."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([SVDLinear(24, 10, r=4), SVDLinear(24, 10, r=5)])
+    allocator = RankAllocator(model, **SETTINGS)
+    allocator.fuse_backward()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    allocator.attach(optimizer)
+
+    def forward(x: Tensor) -> Tensor:
+        rows = [(m.weight, m.lora_A, m.lora_E, m.lora_B, m.bias) for m in model]
+        return torch.stack(svd_linear_group(x, rows)).square().mean()
+
+    torch.utils.checkpoint.checkpoint(forward, torch.randn(4, 24), use_reentrant=False).backward()
+    optimizer.step()
+    assert explain(allocator)[0].reason.endswith(FUSED)
 
 
 def test_a_backward_that_failed_leaves_nothing_behind() -> None:

@@ -24,7 +24,6 @@ _MIN_CAPABILITY = (8, 0)
 # The budget engine's functions, each with the module of ``engine`` that has it.
 _ENGINE = {
     "importance_update": "importance",
-    "new_handover": "importance",
     "adamw_update": "adamw",
     "total_norm": "norm",
     "orthogonality": "orthogonality",

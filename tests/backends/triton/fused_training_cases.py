@@ -25,6 +25,7 @@ STEPS = 2
 SETTINGS: dict[str, Any] = {"lora_r": 4, "target_rank": 2, "init_warmup": 0, "final_warmup": 1, "mask_interval": 1,
                             "beta1": 0.85, "beta2": 0.85, "total_step": STEPS + 1, "variant": "paper"}  # fmt: skip
 BEFORE = "launched before the step: "
+MOVED = "a parameter of first was written to after its backward"
 WRITTEN = "the gradient of {} was written to after its backward"
 PLANS = ("one_gemm", "split", "blas")
 
@@ -233,7 +234,7 @@ UNSEEN = f"{FUSED}; {BEFORE}the gradient of {{}} was written to unseen"
         (hooked, 1, {f"{FUSED} but for 1 of 6 gradients; {BEFORE}{WRITTEN.format('last')}"}),
         (written_unseen, 1, {UNSEEN.format("last")}),
         (reduced, 1, {UNSEEN.format("first and of 1 more")}),
-        (changed, 1, {f"{FUSED} but for 1 of 6 gradients; {BEFORE}{WRITTEN.format('first')}"}),
+        (changed, 1, {f"{FUSED} but for 1 of 6 gradients; {BEFORE}{MOVED}"}),
         (left_out, 1, {FUSED, f"{FUSED} but for 3 of 6 gradients; {BEFORE}first was not fused in this step"}),
         (term_last, 1, {f"{FUSED} but for 4 of 6 gradients; {BEFORE}{WRITTEN.format('first')}"}),
         (onto_zeros, 1, {f"{BEFORE}the orthogonality term came on top of gradients that were there"}),

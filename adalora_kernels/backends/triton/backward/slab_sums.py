@@ -64,7 +64,10 @@ def _sum_slabs(
     return total
 
 
-_FREE = ("slabs_t", "slabs_a", "blocks_t", "first_slope_a", "first_slope_b", "elements", "first")
+# What differs from layer to layer of one shape: one compiled kernel serves them all.
+_FREE = (
+    "slabs_t", "slabs_a", "blocks_t", "sums_ptr", "probes_ptr", "first_slope_a", "first_slope_b", "elements", "first"
+)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_FREE)

@@ -11,7 +11,7 @@ from torch import Tensor
 from adalora_kernels.backends.triton.engine.sweep import sweep
 from adalora_kernels.backends.triton.engine.tables import check, words_of
 from adalora_kernels.reference.adamw import Importance
-from adalora_kernels.reference.handover import Handover, new_handover
+from adalora_kernels.reference.handover import Handover
 from adalora_kernels.reference.importance import TripletLayout
 
 
@@ -62,4 +62,4 @@ def shapes_of(layout: TripletLayout) -> list[tuple[int, int]]:
     return [shape for r, k, n in layout.shapes for shape in ((r, k), (r, 1), (n, r))]
 
 
-__all__ = ["check_importance", "importance_update", "new_handover", "shapes_of"]
+__all__ = ["check_importance", "importance_update", "shapes_of"]
