@@ -14,12 +14,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(adalora_native, m) {
       "Tensor[] before, Tensor? slopes, int slopes_A, int slopes_B, Tensor? scale, Tensor(a!) state, Tensor half, "
       "int first, Tensor(b!) sums, Tensor(c!) probes, Tensor(d!) ticket, float beta1, float beta2) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "mask_by_selection(Tensor scores, Tensor(a!) live, Tensor? enabled, Tensor(b!)[] lora_E, int number, "
+      "Tensor? on_device) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(adalora_native, CUDA, m) {
   m.impl("importance_update", TORCH_BOX(&adalora::cuda::importance_update));
   m.impl("importance_handed_over", TORCH_BOX(&adalora::cuda::importance_handed_over));
   m.impl("finish_gradients", TORCH_BOX(&adalora::cuda::finish_gradients));
+  m.impl("mask_by_selection", TORCH_BOX(&adalora::cuda::mask_by_selection));
+  m.impl("zero_pruned", TORCH_BOX(&adalora::cuda::zero_pruned));
 }
 
 ADALORA_MODULE(_C_cuda)

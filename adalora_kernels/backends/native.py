@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adalora_kernels.backends.native_cuda import finish_gradients, importance_handed_over
+from adalora_kernels.backends import native_cuda
+from adalora_kernels.backends.native_cuda import finish_gradients
 from adalora_kernels.backends.native_layer import svd_linear_backward, svd_linear_forward
 from adalora_kernels.reference.adamw import Importance
 from adalora_kernels.reference.handover import Handover
@@ -87,7 +88,9 @@ def importance_update(
             if handed_over is None:
                 finite: Tensor = ops.importance_update(state, half, scores, sizes, params, given, beta1, beta2)
             else:
-                finite = importance_handed_over(state, half, scores, sizes, params, given, *handed_over, beta1, beta2)
+                finite = native_cuda.importance_handed_over(
+                    state, half, scores, sizes, params, given, *handed_over, beta1, beta2
+                )
     except RuntimeError:
         _refuse_parameters(layout, params, grads, state.device)
         raise
@@ -160,20 +163,26 @@ def mask_to_budget(
     scores: Tensor, lora_E: Sequence[Tensor], budget: int | Tensor, live: Tensor, enabled: Tensor | None = None
 ) -> Tensor:
     """Zero E at or below the (total - budget)-th smallest score; see ``reference.allocation.mask_to_budget``."""
-    ops = _ops("cpu")
-    budget = int(budget)  # a tensor's is here to read: on the CPU nothing waits
+    device_type = scores.device.type
+    ops = _ops(device_type)
+    if device_type == "cpu":
+        budget = int(budget)  # a tensor's is here to read: nothing waits
     if scores.dtype not in (torch.float32, torch.float64) or scores.dim() != 1:
         raise TypeError(f"scores: expected 1-d float32 or float64, got {_describe(scores)}")
-    if budget < 0:
+    if not isinstance(budget, Tensor) and budget < 0:
         raise ValueError(f"budget: expected at least 0, got {budget}")
-    _check("scores", scores, scores.dtype, scores.numel())
-    _check("live", live, torch.bool, scores.numel())
-    enabled = torch.ones(1, dtype=torch.bool) if enabled is None else enabled
-    _check("enabled", enabled, torch.bool, 1)
+    _check("scores", scores, scores.dtype, scores.numel(), device_type)
+    _check("live", live, torch.bool, scores.numel(), device_type)
+    if enabled is not None:
+        _check("enabled", enabled, torch.bool, 1, device_type)
     try:
-        threshold: Tensor = ops.mask_to_budget(scores, live, enabled, lora_E, budget)
+        if device_type == "cuda":
+            threshold = native_cuda.mask_to_budget(scores, lora_E, budget, live, enabled)
+        else:
+            enabled = torch.ones(1, dtype=torch.bool) if enabled is None else enabled
+            threshold = ops.mask_to_budget(scores, live, enabled, lora_E, budget)
     except RuntimeError:
-        _refuse_values(lora_E, scores.numel())
+        _refuse_values(lora_E, scores.numel(), scores.device)
         raise
     torch.autograd.graph.increment_version(lora_E)
     return threshold
@@ -181,12 +190,12 @@ def mask_to_budget(
 
 def zero_pruned(live: Tensor, lora_E: Sequence[Tensor]) -> None:
     """Zero E wherever ``live`` (bool [total_rank]) is False, in place."""
-    ops = _ops("cpu")
-    _check("live", live, torch.bool, live.numel())
+    ops = _ops(live.device.type)
+    _check("live", live, torch.bool, live.numel(), live.device.type)
     try:
         ops.zero_pruned(live, lora_E)
     except RuntimeError:
-        _refuse_values(lora_E, live.numel())
+        _refuse_values(lora_E, live.numel(), live.device)
         raise
     torch.autograd.graph.increment_version(lora_E)
 
@@ -286,11 +295,11 @@ def _refuse_parameters(
     _refuse("grads", grads, shapes, device)
 
 
-def _refuse_values(lora_E: Sequence[Tensor], total_rank: int) -> None:
+def _refuse_values(lora_E: Sequence[Tensor], total_rank: int, device: torch.device) -> None:
     count = sum(map(Tensor.numel, lora_E))
     if count != total_rank:
         raise ValueError(f"lora_E: expected {total_rank} values, as many as triplets, got {count}")
-    _refuse("lora_E", lora_E, [(e.numel(), 1) for e in lora_E], torch.device("cpu"))
+    _refuse("lora_E", lora_E, [(e.numel(), 1) for e in lora_E], device)
 
 
 __all__ = [

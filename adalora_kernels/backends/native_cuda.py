@@ -1,4 +1,5 @@
-"""What the extension has for CUDA alone: importance fused into a backward (``reference.handover``).
+"""What the extension has for CUDA alone: importance fused into a backward (``reference.handover``), and masking that
+may take its budget from the device.
 
 The passes before the stage that finishes a layer's gradients are Triton's, as the layer is; that stage can be either's.
 """
@@ -73,4 +74,17 @@ def finish_gradients(
     return gradients
 
 
-__all__ = ["finish_gradients", "importance_handed_over"]
+def mask_to_budget(
+    scores: Tensor, lora_E: Sequence[Tensor], budget: int | Tensor, live: Tensor, enabled: Tensor | None
+) -> Tensor:
+    """As ``native.mask_to_budget``; a budget on the device stays there.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that the kernel does not take. Nothing changes.
+    """
+    number, on_device = (0, budget) if isinstance(budget, Tensor) else (budget, None)
+    threshold: Tensor = torch.ops.adalora_native.mask_by_selection(scores, live, enabled, lora_E, number, on_device)
+    return threshold
+
+
+__all__ = ["finish_gradients", "importance_handed_over", "mask_to_budget"]

@@ -76,13 +76,15 @@ _PLANS: dict[tuple[str, Backend], str] = {
     ("orthogonality", Backend.TRITON): "multi_tensor",
 }
 _UNMEASURED = frozenset((op, Backend.TRITON) for op in ("importance", "adamw", "allocation", "orthogonality"))
-_NATIVE_CUDA_OPS = frozenset({"importance"})
+_NATIVE_CUDA_OPS = frozenset({"importance", "allocation"})
 _PREFERENCE = {"cuda": (Backend.TRITON, Backend.NATIVE), "cpu": (Backend.NATIVE,)}
 OPS = ("svd_linear", "importance", "adamw", "allocation", "orthogonality")
 
 
-def offers(backend: Backend, op: str) -> bool:
-    """Whether ``backend`` implements ``op`` at all, on any device."""
+def offers(backend: Backend, op: str, device_type: str = "") -> bool:
+    """Whether ``backend`` implements ``op`` at all; on CUDA devices native has but some, where that is the type."""
+    if backend is Backend.NATIVE and device_type == "cuda" and op not in _NATIVE_CUDA_OPS:
+        return False
     return backend is Backend.REFERENCE or (op, backend) in _PLANS
 
 
@@ -228,7 +230,8 @@ def select(op: str, device_type: str, dtype: torch.dtype, rank: int, backend: st
     """The choice for this machine, cached.
 
     ``backend`` None leaves it to the variable ADALORA_KERNELS_BACKEND, which binds only the operations that the
-    backend named in it offers; without one the choice is automatic.
+    backend named in it offers (on CUDA, where native is asked for, importance and masking); without one the choice is
+    automatic.
 
     Raises:
         RuntimeError: where a backend asked for by name can't run, with the reason.
@@ -239,7 +242,7 @@ def select(op: str, device_type: str, dtype: torch.dtype, rank: int, backend: st
         named = os.environ.get(ENVIRONMENT_VARIABLE)
         if named:
             requested = parse_request(named)
-            if requested is not None and not offers(requested.backend, op):
+            if requested is not None and not offers(requested.backend, op, device_type):
                 requested = None
     selection = _select(op, device_type, dtype, rank, requested)
     _log_once(op, selection)

@@ -28,6 +28,12 @@ std::tuple<Tensor, Tensor, Tensor> finish_gradients(const Tensor& t_shares, cons
                                                     int64_t first, Tensor sums, Tensor probes, Tensor ticket,
                                                     double beta1, double beta2);
 
+void zero_pruned(const Tensor& live, std::vector<Tensor> lora_E);
+
+// The threshold. `number` of triplets may stay, or as many as the integer `on_device` says.
+Tensor mask_by_selection(const Tensor& scores, Tensor live, std::optional<Tensor> enabled, std::vector<Tensor> lora_E,
+                         int64_t number, std::optional<Tensor> on_device);
+
 // All of them on CUDA, on the device of `place`.
 inline void check_beside(const Tensor& place, std::initializer_list<const Tensor*> tensors, const char* name) {
   const int32_t device = place.get_device_index();

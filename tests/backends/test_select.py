@@ -41,7 +41,8 @@ def test_supported_cuda_budget_engine_never_selects_the_reference(op: str) -> No
 
 
 def test_fp64_on_cuda() -> None:
-    assert choose("importance", "cuda", torch.float64, 0, None, ALL).backend is Backend.NATIVE
+    for op in ("importance", "allocation"):
+        assert choose(op, "cuda", torch.float64, 0, None, ALL).backend is Backend.NATIVE
     assert choose("adamw", "cuda", torch.float64, 0, None, ALL).backend is Backend.REFERENCE
 
 
@@ -86,6 +87,8 @@ def test_variable_binds_what_its_backend_offers(monkeypatch: pytest.MonkeyPatch)
     assert all(select(op, "cpu", torch.float32, 8).backend is Backend.REFERENCE for op in OPS)
     assert select("svd_linear", "cpu", torch.float32, 8, "native").backend is Backend.NATIVE
     assert not offers(Backend.NATIVE, "nonsense")
+    on_cuda = [op for op in OPS if offers(Backend.NATIVE, op, "cuda")]
+    assert on_cuda == ["importance", "allocation"]  # the others are not bound there, and not refused
     monkeypatch.setenv("ADALORA_KERNELS_BACKEND", "nonsense")
     with pytest.raises(ValueError, match=r"got 'nonsense'"):
         select("svd_linear", "cpu", torch.float32, 8)

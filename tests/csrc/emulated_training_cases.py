@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from adalora_kernels.allocator.fused import FUSED
-from adalora_kernels.backends import native, triton
+from adalora_kernels.backends import native, native_cuda, triton
 from tests.backends.triton.fused_training_cases import (
     BEFORE,
     UNSEEN,
@@ -26,6 +26,14 @@ from tests.backends.triton.fused_training_cases import (
     written_unseen,
 )
 
+CUDA_OPS = ("importance_update", "importance_handed_over", "finish_gradients", "mask_by_selection", "zero_pruned")
+LAUNCHERS = {
+    "importance_update": native.importance_update,
+    "finish_gradients": native.finish_gradients,
+    "mask_to_budget": native_cuda.mask_to_budget,
+    "zero_pruned": native.zero_pruned,
+}
+
 
 class Ops:
     """Those of ``_C``, but for those that ``_C_cuda`` has."""
@@ -34,30 +42,29 @@ class Ops:
         self._cpu = cpu
 
     def __getattr__(self, name: str) -> Any:
-        ours = name in ("importance_update", "importance_handed_over", "finish_gradients")
-        return getattr(torch.ops.adalora_emulated if ours else self._cpu, name)
+        return getattr(torch.ops.adalora_emulated if name in CUDA_OPS else self._cpu, name)
 
 
 @pytest.fixture(autouse=True)
-def importance_in_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Triton's importance is CUDA C++'s; which of its launchers were called."""
+def engine_in_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Triton's importance and masking are CUDA C++'s; which of its launchers were called."""
     if library := os.environ.get("ADALORA_EMULATED_OPS"):
         torch.ops.load_library(library)
         monkeypatch.setattr(torch.ops, "adalora_native", Ops(torch.ops.adalora_native))
     calls: list[str] = []
-    for name in ("importance_update", "finish_gradients"):
+    for name in LAUNCHERS:
 
         def counted(*args: Any, name: str = name, **kwargs: Any) -> Any:
             calls.append(name)
-            return getattr(native, name)(*args, **kwargs)
+            return LAUNCHERS[name](*args, **kwargs)
 
         monkeypatch.setattr(triton, name, counted, raising=False)
     return calls
 
 
-def test_with_orthogonality(importance_in_cuda: list[str]) -> None:
+def test_with_orthogonality(engine_in_cuda: list[str]) -> None:
     assert assert_same(with_term, network()) == {FUSED}
-    assert set(importance_in_cuda) == {"importance_update", "finish_gradients"}
+    assert set(engine_in_cuda) == {"importance_update", "finish_gradients", "mask_to_budget"}
 
 
 def test_accumulated_gradients() -> None:

@@ -53,7 +53,8 @@ class Emulation:
         target = folder / "emulated.so"
         execute("-shared", *map(str, self._objects), "-o", str(target))
         self._library = ctypes.CDLL(str(target))
-        self._library.importance_update.restype = self._library.finish.restype = ctypes.c_char_p
+        for name in ("importance_update", "finish", "mask_to_budget"):
+            getattr(self._library, name).restype = ctypes.c_char_p
         self.launches = 0
 
     def with_fault(self, folder: Path, old: str, new: str) -> Emulation:
@@ -135,6 +136,31 @@ class Emulation:
         )
         assert problem is None, problem.decode()
         return grads[0], grads[1], grads[2]
+
+    def mask_to_budget(
+        self,
+        scores: Tensor,
+        lora_E: Sequence[Tensor],
+        budget: int | Tensor,
+        live: Tensor,
+        enabled: Tensor | None = None,
+    ) -> Tensor:
+        """As ``native_cuda.mask_to_budget``; a tensor's budget is an int64."""
+        threshold = scores.new_full((), torch.nan)
+        number, on_device = (0, budget) if isinstance(budget, Tensor) else (budget, None)
+        problem = self._library.mask_to_budget(
+            ctypes.c_bool(scores.dtype == torch.float64),
+            _address(scores),
+            ctypes.c_int64(len(scores)),
+            *map(_address, (live, enabled)),
+            ctypes.c_int64(number),
+            *map(_address, (on_device, threshold)),
+            ctypes.c_int64(len(lora_E)),
+            (ctypes.c_void_p * len(lora_E))(*(e.data_ptr() for e in lora_E)),
+            *(_numbers([of(e) for e in lora_E]) for of in (len, lambda e: e.stride(0), Tensor.element_size)),
+        )
+        assert problem is None, problem.decode()
+        return threshold
 
 
 def _numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:

@@ -14,8 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-# How many each file has, and registers that a thread may take: for four blocks of 256 on a multiprocessor, five of 128.
-KERNELS = {"importance.cu": (4, 64), "finish.cu": (1, 96)}
+# How many each file has, and registers that a thread may take: for four blocks of 256 on a multiprocessor, five of 128,
+# two of 1024.
+KERNELS = {"importance.cu": (4, 64), "finish.cu": (1, 96), "allocation.cu": (3, 32)}
 ARCHITECTURES = {"sm_80": "compute_80", "sm_90a": "compute_90a", "sm_100a": "compute_100a"}
 
 
@@ -69,7 +70,7 @@ LOAD = """
 import ctypes, sys, torch
 ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
 import adalora_kernels._C, adalora_kernels._C_cuda
-for name in ("importance_update", "importance_handed_over", "finish_gradients"):
+for name in ("importance_update", "importance_handed_over", "finish_gradients", "mask_by_selection", "zero_pruned"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"adalora_native::{name}", "CUDA"), name
 """
 

@@ -77,13 +77,27 @@ inline int32_t atomicAdd(int32_t* address, int32_t value) {
 inline void __syncthreads() { emulated::synchronize(emulated::Barrier::kPlain, true); }
 inline int __syncthreads_and(int value) { return emulated::synchronize(emulated::Barrier::kAnd, value != 0); }
 
+namespace emulated {
+
 template <typename T>
-T __shfl_down_sync(uint32_t mask, T value, unsigned delta) {
+T shuffle(uint32_t mask, T value, int source) {
   static_assert(sizeof(T) <= sizeof(uint64_t) && std::is_trivially_copyable_v<T>);
-  const uint32_t lane = threadIdx.x % 32, source = lane + delta < 32 ? lane + delta : lane;
+  const int lane = thread_index.x % 32;
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
-  bits = emulated::exchange(mask, bits, source);
+  bits = exchange(mask, bits, 0 <= source && source < 32 ? source : lane);
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+}  // namespace emulated
+
+template <typename T>
+T __shfl_down_sync(uint32_t mask, T value, int delta) {
+  return emulated::shuffle(mask, value, static_cast<int>(threadIdx.x % 32) + delta);
+}
+
+template <typename T>
+T __shfl_up_sync(uint32_t mask, T value, int delta) {
+  return emulated::shuffle(mask, value, static_cast<int>(threadIdx.x % 32) - delta);
 }

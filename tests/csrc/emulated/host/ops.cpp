@@ -30,7 +30,8 @@ using EmulatedGuard = emulated::DeviceGuard;
 #define is_cuda is_cpu
 
 #include "registration_cuda.cpp"
-// After it, which would not know the op from the kernel's launcher of the same name.
+// After it, which would not know an op from the kernel's launcher of the same name.
+#include "cuda/allocation.cpp"
 #include "cuda/finish.cpp"
 #include "cuda/importance.cpp"
 
@@ -38,4 +39,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(adalora_emulated, m) {
   m.def(
       "importance_update(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor[] params, "
       "Tensor[] grads, float beta1, float beta2) -> Tensor");
+  m.def("zero_pruned(Tensor live, Tensor(a!)[] lora_E) -> ()");
 }
