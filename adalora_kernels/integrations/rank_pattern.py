@@ -6,6 +6,7 @@ pattern always has as many entries as the layer had rows at first, also after lo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,10 @@ def by_layer(rank_pattern: Mapping[str, Any], paths: Iterable[str], adapter: str
     """The pattern with layer paths as keys, whichever way PEFT spelled them.
 
     Raises:
-        ValueError: a name that belongs to no layer, or a row that is no list of booleans.
+        ValueError: it is no dictionary, a name belongs to no layer, or a row is no list of booleans.
     """
+    if not isinstance(rank_pattern, Mapping):
+        raise ValueError(f"rank_pattern: expected rows by layer, got {rank_pattern!r:.80}")
     paths = list(paths)
     spellings: dict[str, str] = {path_key(path, adapter): path for path in paths}
     for path in paths:
@@ -34,8 +37,8 @@ def by_layer(rank_pattern: Mapping[str, Any], paths: Iterable[str], adapter: str
         if name not in spellings:
             raise ValueError(f"rank_pattern: {name!r} names no AdaLoRA layer of this model")
         values = row.reshape(-1).tolist() if isinstance(row, Tensor) else row
-        if not isinstance(values, list | tuple):
-            raise ValueError(f"rank_pattern[{name!r}]: expected a list of booleans, got {type(row).__name__}")
+        if not isinstance(values, list | tuple) or any(value not in (False, True) for value in values):
+            raise ValueError(f"rank_pattern[{name!r}]: expected a list of booleans, got {row!r:.80}")
         pattern[spellings[name]] = [bool(value) for value in values]
     return pattern
 
@@ -51,7 +54,7 @@ def gather(pattern: Sequence[bool], kept: Sequence[bool] | None) -> list[bool]:
 
 
 def adopt_averages(allocator: RankAllocator, peft_allocator: Any) -> None:
-    """Continue with the averages of PEFT's allocator, where it has any."""
+    """Continue with the averages of PEFT's allocator, where it has any and they are finite."""
     average, uncertainty = (t.clone() for t in allocator.importance.current())
     offsets = allocator.importance.layout.offsets
     for i, name in enumerate(_parameter_names(allocator)):
@@ -59,6 +62,14 @@ def adopt_averages(allocator: RankAllocator, peft_allocator: Any) -> None:
             average[offsets[i] : offsets[i + 1]] = peft_allocator.exp_avg_ipt[name].reshape(-1)
             uncertainty[offsets[i] : offsets[i + 1]] = peft_allocator.exp_avg_unc[name].reshape(-1)
             allocator.importance.updates = 1
+    if not bool((average.isfinite() & uncertainty.isfinite()).all()):
+        allocator.importance.updates = 0
+        warnings.warn(
+            "AdaLoRA: PEFT's importance averages are not finite, as one overflow step leaves them for good: they start "
+            "anew.",
+            stacklevel=2,
+        )
+        return
     allocator.importance.set_current(average, uncertainty)
 
 

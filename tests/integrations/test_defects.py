@@ -78,6 +78,35 @@ def test_defect_4_one_overflow_step(value: float) -> None:
     assert live_total(theirs) == 6 * len(pattern(theirs))
 
 
+def test_defect_4_before_the_model_was_patched() -> None:
+    """Of NaN averages every score is NaN, which is above no threshold: to go on with them would prune all there is."""
+    model = build("llama")
+    train(model, 5)
+    backward(model, 6)
+    for parameter in adapter_parameters(model).values():
+        parameter.grad.fill_(torch.inf)
+    model.base_model.update_and_allocate(6)
+    model.zero_grad()
+    patch_model(model)
+    with pytest.warns(UserWarning, match="PEFT's importance averages are not finite, .*: they start anew"):
+        model.base_model.rank_allocator()
+    train(model, 13, start=7)
+    assert live_total(model) == 3 * len(pattern(model))
+
+
+def test_gradients_that_were_zeroed_before_the_allocator_came() -> None:
+    """It can't tell them from others without waiting for the device, but it reads the pattern that they leave."""
+    model = patch_model(build("llama", layers=1))
+    for step in range(5):
+        backward(model, step)
+        model.zero_grad(set_to_none=False)
+        if step == 4:
+            with pytest.warns(UserWarning, match="step 4 has pruned every triplet for a budget of .*before zero_grad"):
+                model.base_model.update_and_allocate(step)
+        else:
+            model.base_model.update_and_allocate(step)
+
+
 def test_defect_10_adapter_names_are_matched_whole() -> None:
     """PEFT takes "a" for a part of "ab", and of every "lora_A": it asks the frozen adapter for gradients."""
     model = build("llama", adapter="a")

@@ -147,6 +147,9 @@ def test_a_foreign_pattern_is_refused() -> None:
     name = "model.layers.0.self_attn.q_proj.lora_E"
     with pytest.raises(ValueError, match="expected 6 entries"):
         model.base_model.resize_modules_by_rank_pattern({name: [True] * 5}, "default")
-    with pytest.raises(ValueError, match="expected a list of booleans"):
-        model.base_model.resize_modules_by_rank_pattern({name: 5}, "default")
+    for row in (5, [3, 4], ["false"] * 6, [[True]] * 6):
+        with pytest.raises(ValueError, match="expected a list of booleans"):
+            model.base_model.resize_modules_by_rank_pattern({name: row}, "default")
+    with pytest.raises(ValueError, match="rank_pattern: expected rows by layer, got 3"):
+        model.base_model.resize_modules_by_rank_pattern(3, "default")
     assert model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"].shape[0] == 6
