@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
-    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     DebertaV2ForMaskedLM,
@@ -110,11 +109,6 @@ def pretrained(kind: str, text: Text, settings: BaseSettings, folder: Path) -> P
     return place
 
 
-def tokenizer_of(place: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that ``pretrained`` has put there."""
-    return AutoTokenizer.from_pretrained(place)
-
-
 def _encoder(settings: BaseSettings) -> nn.Module:
     return DebertaV2ForMaskedLM(
         deberta_v3_config(settings.vocabulary, settings.hidden, settings.layers, settings.longest)
@@ -201,4 +195,4 @@ def _cut(
     return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
 
 
-__all__ = ["KINDS", "BaseSettings", "pretrained", "tokenizer_of"]
+__all__ = ["KINDS", "BaseSettings", "pretrained"]
