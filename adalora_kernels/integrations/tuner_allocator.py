@@ -101,8 +101,8 @@ class TunerAllocator(RankAllocator):
             self._write_pattern()
             if turn.plan.budget > 0 and not any(map(any, self.config.rank_pattern.values())):
                 warnings.warn(
-                    f"AdaLoRA: step {turn.step} has pruned every triplet for a budget of {turn.plan.budget}: all have one "
-                    "score, as gradients that are zero give them. The allocator comes before zero_grad().",
+                    f"AdaLoRA: step {turn.step} has pruned every triplet for a budget of {turn.plan.budget}: all have "
+                    "one score, as gradients that are zero give them. The allocator comes before zero_grad().",
                     stacklevel=2,
                 )
         if self.config.orth_reg_weight > 0 and state.term_missed and not state.term_used:
