@@ -138,7 +138,7 @@ def _call(
         y = _as_expression(x, weight, bias, base, adapter, backend)
     else:
         selection = select("svd_linear", x.device.type, dtype, lora_A.shape[0], backend)
-        y, _ = _SVDLinear.apply(x, weight, bias, base, *adapter, selection)
+        y = _apply(x, weight, bias, base, *adapter, selection)
     return y
 
 
@@ -240,30 +240,38 @@ def _backward(
 
 class _SVDLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *args: Any) -> Tensor:
         x, weight, bias, base, *branch, selection = args
         if base is not None:
             # An alias that autograd doesn't follow: added to directly, a view would be copied five times. It shares
             # the version counter, so a base that saved its output for its own backward is still told.
             base = _addable(base, x)
-        output = _forward(x, weight, bias, base, Adapter._make(branch), selection)
-        # Called from here: as a method of its own torch would inspect this signature at each call, 18 µs.
-        _setup_context(ctx, args, output)
+        y, u = _forward(x, weight, bias, base, Adapter._make(branch), selection)
+        _save(ctx, args, u)
         ctx.lora_A = args[4]  # itself: under checkpointing the saved one is an alias
-        return output
+        return y
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad_y: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
         return _gradients(ctx, grad_y, _backward)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+# Past Function.apply, which at each call inspects signatures and looks at every argument for what transforms of
+# torch.func may have left: those never come here.
+_apply = super(torch.autograd.Function, _SVDLinear).apply
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], u: Tensor) -> None:
     x, weight, bias, _, lora_A, lora_E, lora_B, mask, seed, *rest = inputs
-    ctx.save_for_backward(x, output[1], weight, bias, lora_A, lora_E, lora_B, mask, seed)
+    ctx.save_for_backward(x, u, weight, bias, lora_A, lora_E, lora_B, mask, seed)
     ctx.arguments = rest
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx: Any, grad_y: Tensor | None, run: Any) -> tuple[Tensor | None, ...]:

@@ -92,21 +92,21 @@ class _Replay(NamedTuple):
     """A call whose launches are known.
 
     Attributes:
-        made: shape and dtype of each tensor that results lie in.
+        made: the likes of each tensor that results lie in, without its memory.
         results: where each lies; the number of the argument that it is; or None.
-        scratch: bytes of everything else that is made.
-        workspaces: ``row_blocks`` of each.
+        scratch: likewise of the buffer for everything else that is made; None where there is nothing.
+        workspace: ``row_blocks`` of the largest, which all launches share, one after the other; None without.
         launches: compiled kernels with their grids.
-        arguments: from the addresses of what is given, of what is made, of the scratch and of the workspaces to the
+        arguments: from the addresses of what is given, of what is made, of the scratch and of the workspace to the
             launches' arguments.
     """
 
-    made: tuple[tuple[torch.Size, torch.dtype], ...]
+    made: tuple[Tensor, ...]
     results: tuple[_Result | int | None, ...]
-    scratch: int
-    workspaces: tuple[int, ...]
+    scratch: Tensor | None
+    workspace: int | None
     launches: tuple[tuple[launch.Kept, tuple[int, int, int]], ...]
-    arguments: Callable[[Sequence[int], Sequence[int], int, Sequence[int]], tuple[tuple[Any, ...], ...]]
+    arguments: Callable[[Sequence[int], Sequence[int], int, int], tuple[tuple[Any, ...], ...]]
 
 
 _known: dict[Hashable, _Replay | None] = {}
@@ -135,13 +135,13 @@ def replayed(
     if measured.on_trial() or device != active.get_current_device() or launch.hooked():
         return make(*args)
     where = first.device
-    made = [torch.empty(shape, dtype=dtype, device=where) for shape, dtype in replay.made]
-    scratch = torch.empty(replay.scratch, dtype=torch.uint8, device=where) if replay.scratch else None
+    made = [_new(like) for like in replay.made]
+    scratch = None if replay.scratch is None else _new(replay.scratch)
     arguments = replay.arguments(
         addresses,
         [t.data_ptr() for t in made],
         0 if scratch is None else scratch.data_ptr(),
-        [tickets.workspace(where, blocks).data_ptr() for blocks in replay.workspaces],
+        0 if replay.workspace is None else tickets.workspace(where, replay.workspace).data_ptr(),
     )
     stream = active.get_current_stream(device)
     for (kept, (x, y, z)), own in zip(replay.launches, arguments, strict=True):
@@ -221,9 +221,21 @@ def _replay_of(watch: _Watch, tensors: tuple[Tensor | None, ...], results: Resul
         x, y, z = (*grid, 1, 1)[:3]
         launches.append((kept, (x, y, z)))
     arguments = eval(f"lambda a, r, s, w: ({' '.join(rows)})", {"Address": _Address, **places.constants})
-    blocks = tuple(row_blocks for _, row_blocks in watch.workspaces)
-    made = tuple((t.shape, t.dtype) for t in fresh)
-    return _Replay(made, tuple(found), places.scratch, blocks, tuple(launches), arguments)
+    workspace = max((row_blocks for _, row_blocks in watch.workspaces), default=None)
+    made = tuple(_like(t.shape, t) for t in fresh)
+    given = next(t for t in tensors if t is not None)
+    scratch = _like([places.scratch], given, torch.uint8) if places.scratch else None
+    return _Replay(made, tuple(found), scratch, workspace, tuple(launches), arguments)
+
+
+def _like(shape: Sequence[int], tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """What stands for a contiguous tensor of this shape: one element, in all places."""
+    return tensor.new_empty(1, dtype=dtype or tensor.dtype).expand(shape)
+
+
+def _new(like: Tensor) -> Tensor:
+    """Contiguous; by a third of the host time that ``torch.empty`` takes with shape, dtype and device."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _holds(tensor: Tensor, address: int) -> bool:
@@ -233,7 +245,7 @@ def _holds(tensor: Tensor, address: int) -> bool:
 
 class _Places:
     """The arguments of launches as source: of ``a`` given addresses, ``r`` of results, ``s`` of the scratch, ``w`` of
-    workspaces, and constants.
+    the workspace, and constants.
 
     Attributes:
         scratch: bytes that the scratch needs.
@@ -246,7 +258,7 @@ class _Places:
         self.scratch = 0
         self.constants: dict[str, Any] = {}
         self._exact = {t.data_ptr(): f"a[{i}]" for i, t in enumerate(given) if t is not None}
-        self._exact |= {buffer.data_ptr(): f"w[{i}]" for i, (buffer, _) in enumerate(watch.workspaces)}
+        self._exact |= {buffer.data_ptr(): "w" for buffer, _ in watch.workspaces}
         self._made = [(t, f"r[{i}]") for i, t in enumerate(results)]
         for t in others:
             self._made.append((t, f"s + {self.scratch}"))

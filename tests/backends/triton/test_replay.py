@@ -18,6 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from adalora_kernels.backends.triton import group, launch, measured, plans, replay, tickets, tiles  # noqa: E402
 from adalora_kernels.backends.triton.replay import replayed  # noqa: E402
+from adalora_kernels.reference.handover import PROBES, LayerImportance, slots_of  # noqa: E402
+from adalora_kernels.reference.importance import OrthogonalityShare, TripletLayout  # noqa: E402
 from adalora_kernels.reference.svd_linear import Adapter  # noqa: E402
 from adalora_kernels.reference.svd_linear_group import Member  # noqa: E402
 from tests.backends.triton.stub_driver import StubDriver, stub_driver  # noqa: E402
@@ -234,14 +236,14 @@ def test_what_shares_memory_stays_apart(stub: StubDriver) -> None:
     with replay._Watch() as watch, launch.noted(watch.launches), tickets.noted(watch.workspaces):
         results = launcher(*args)
     found = replay._replay_of(watch, tensors, results)
-    assert found is not None
+    assert found is not None and found.scratch is not None
     own = {t.data_ptr() for t in results if t is not None}
     sizes = [t.untyped_storage().nbytes() for t in watch.made if t.data_ptr() not in own]
     places = replay._Places(tensors, [], [t for t in watch.made if t.data_ptr() not in own], watch)
     starts = [int(name.removeprefix("s + ")) for _, name in places._made]
     assert len(starts) > 2 and all(start % 256 == 0 for start in starts)
     ends = [start + size for start, size in zip(starts, sizes, strict=True)]
-    assert all(end <= start for end, start in zip(ends, [*starts[1:], found.scratch], strict=True))
+    assert all(end <= start for end, start in zip(ends, [*starts[1:], found.scratch.numel()], strict=True))
 
 
 def test_arguments_of_one_address_are_not_remembered(stub: StubDriver) -> None:
@@ -295,3 +297,28 @@ def test_few_layouts_are_remembered(stub: StubDriver, monkeypatch: pytest.Monkey
         tensors, rest, args = call("forward", "one_pass", layout | {"m": m}, others)
         replayed(plans.launcher("forward", "one_pass"), tensors, rest, *args)
         assert len(replay._known) <= 3
+
+
+def importance_of(layer: int, term: bool) -> LayerImportance:
+    """What a backward updates on its way, for one of three layers."""
+    layout = TripletLayout(((R, K, N),) * 3)
+    state, half = torch.zeros(2, 2, layout.total_elements), torch.zeros(1, dtype=torch.int32)
+    share = (
+        OrthogonalityShare(torch.zeros(6 * R * R), layer * R * R, (3 + layer) * R * R, torch.ones(())) if term else None
+    )
+    sums, probes = torch.zeros(slots_of(layout)[layer], R), torch.zeros(3, PROBES)
+    return LayerImportance(state, half, layout.offsets[3 * layer], (None,) * 3, share, sums, probes, 0.85, 0.75)
+
+
+@pytest.mark.parametrize(("name", "term"), [("one_gemm", False), ("split", True)])
+def test_importance_on_the_way(name: str, term: bool, stub: StubDriver) -> None:
+    """Its tensors are among those that take the place of the known call's; each layer's place is a call of its own."""
+    layout, others = tensors_of("backward", name, random.Random(6))
+    layout |= {"dtype": torch.bfloat16, "adapter": torch.float32, "drop": False, "strided": False, "shift": 0}
+    compared = []
+    for layer in (0, 1, 0, 1):
+        tensors, rest, args = call("backward", name, layout, others | {"needs": (True,) * 4})
+        update = importance_of(layer, term)
+        known = (*tensors, *update.tensors), (*rest, *update.numbers), (*args, update)
+        compared.append(held(plans.launcher("backward", name), *known))
+    assert compared[:2] == [0, 0] and all(compared[2:])
