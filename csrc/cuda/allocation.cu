@@ -1,7 +1,7 @@
 // The rank budget: zero E wherever its triplet's score is at or below the (total - budget)-th smallest of the model.
-// One block selects the threshold exactly, by the bits of the scores in an order-preserving form: in each round it counts
-// how often each value of the next eight bits occurs among the scores that agree with the threshold so far. Then it
-// writes the pattern and zeroes E in place. A model has at most some ten thousand triplets, which stay in the cache.
+// One block selects the threshold exactly, by the bits of the scores in an order-preserving form: in each round it
+// counts how often each value of the next eight bits occurs among the scores that agree with the threshold so far. Then
+// it writes the pattern and zeroes E in place. A model has at most some ten thousand triplets, which stay in the cache.
 // Counts are integers, so that their order is of no matter: bitwise repeatable.
 // No GPU has run this yet. It is compiled for three, and tests/csrc runs it on a CPU (emulated/cuda_runtime.h).
 #include "cuda/allocation.h"

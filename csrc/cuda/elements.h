@@ -1,40 +1,55 @@
-// Reading and writing an element whose dtype is known only when the kernel runs, and stepping its averages.
+// Reading and writing an element whose dtype is known only when the kernel runs, and where its averages lie.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
 #include "common/dtype.h"
 #include "common/half.h"
-#include "common/importance.h"
 
 namespace adalora::cuda {
 
+// The bits of an element as it lies in memory; of an fp64 one that is to be taken as fp32, those of its fp32 value.
+// What they mean is asked later, so that one load need not wait for another.
 template <typename T>
-__device__ __forceinline__ T read(const void* data, uint8_t dtype, int64_t i) {
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+
+template <typename T>
+__device__ __forceinline__ Bits<T> fetch(const void* data, uint8_t dtype, int64_t i) {
   switch (static_cast<DType>(dtype)) {
-    case DType::kFloat32: return static_cast<T>(static_cast<const float*>(data)[i]);
-    case DType::kFloat64: return static_cast<T>(static_cast<const double*>(data)[i]);
-    case DType::kBFloat16: return from_bfloat16(static_cast<const uint16_t*>(data)[i]);
-    default: return from_float16(static_cast<const uint16_t*>(data)[i]);
+    case DType::kFloat32: return static_cast<const uint32_t*>(data)[i];
+    case DType::kFloat64:
+      if constexpr (sizeof(T) == 4) return bits_of(static_cast<float>(static_cast<const double*>(data)[i]));
+      return static_cast<Bits<T>>(static_cast<const uint64_t*>(data)[i]);
+    default: return static_cast<const uint16_t*>(data)[i];
   }
 }
 
-// An element of 16 or 32 bits as it lies in memory. What it means is asked later, so that one load need not wait for
-// another.
-__device__ __forceinline__ uint32_t fetch(const void* data, uint8_t dtype, int64_t i) {
-  const bool wide = static_cast<DType>(dtype) == DType::kFloat32;
-  return wide ? static_cast<const uint32_t*>(data)[i] : static_cast<const uint16_t*>(data)[i];
-}
-
-__device__ __forceinline__ float meaning(uint32_t bits, uint8_t dtype) {
+template <typename T>
+__device__ __forceinline__ T meaning(Bits<T> bits, uint8_t dtype) {
   switch (static_cast<DType>(dtype)) {
     case DType::kBFloat16: return from_bfloat16(static_cast<uint16_t>(bits));
     case DType::kFloat16: return from_float16(static_cast<uint16_t>(bits));
-    default: return float_of(bits);
+    case DType::kFloat64:
+      if constexpr (sizeof(T) == 8) {
+        double value;
+        std::memcpy(&value, &bits, sizeof value);
+        return value;
+      }
+      [[fallthrough]];
+    default: return float_of(static_cast<uint32_t>(bits));
   }
 }
 
-// What `value` becomes in such a dtype.
+template <typename T>
+__device__ __forceinline__ T read(const void* data, uint8_t dtype, int64_t i) {
+  return meaning<T>(fetch<T>(data, dtype, i), dtype);
+}
+
+// What `value` becomes in a dtype of 16 or 32 bits.
 __device__ __forceinline__ uint32_t rounded(float value, uint8_t dtype) {
   switch (static_cast<DType>(dtype)) {
     case DType::kBFloat16: return to_bfloat16(value);
@@ -66,21 +81,6 @@ struct Averages {
     new_uncertainty = fresh + elements;
   }
 
-  // Both return s.
-  __device__ __forceinline__ T step(int64_t i, T param, T grad, const Smoothing<T>& smoothing) const {
-    T a = average[i], u = uncertainty[i];
-    const T s = update_element(param, grad, a, u, smoothing);
-    new_average[i] = a;
-    new_uncertainty[i] = u;
-    return s;
-  }
-
-  __device__ __forceinline__ T carry(int64_t i) const {
-    const T a = average[i], u = uncertainty[i];
-    new_average[i] = a;
-    new_uncertainty[i] = u;
-    return a * u;
-  }
 };
 
 }  // namespace adalora::cuda

@@ -52,8 +52,8 @@ struct Part {
 
   __device__ __forceinline__ Element element(int32_t position) const {
     const int64_t at = first + position * stride;
-    return {fetch(param, dtype, at), before == nullptr ? 0 : fetch(before, dtype, at), averages.average[at],
-            averages.uncertainty[at]};
+    return {fetch<float>(param, dtype, at), before == nullptr ? 0 : fetch<float>(before, dtype, at),
+            averages.average[at], averages.uncertainty[at]};
   }
 
   // Stores the gradient of a position, takes it with what was there before, and returns s.
@@ -62,12 +62,12 @@ struct Part {
     const int64_t at = first + position * stride;
     const uint32_t bits = rounded(g, dtype);
     store(grad, dtype, at, bits);
-    g = meaning(bits, dtype);
-    if (before != nullptr) g = meaning(rounded(meaning(element.before, dtype) + g, dtype), dtype);
+    g = meaning<float>(bits, dtype);
+    if (before != nullptr) g = meaning<float>(rounded(meaning<float>(element.before, dtype) + g, dtype), dtype);
     const int32_t step = probe_step(length), probe = position / step;
     const bool chosen = kPart == 1 || probe % rank == triplet;
     if (position % step == 0 && probe < kProbes && chosen) probes[probe] = g;
-    const float theta = meaning(element.theta, dtype);
+    const float theta = meaning<float>(element.theta, dtype);
     const float s = update_element(theta, g, element.average, element.uncertainty, smoothing);
     averages.new_average[at] = element.average;
     averages.new_uncertainty[at] = element.uncertainty;
@@ -76,7 +76,7 @@ struct Part {
 };
 
 __device__ __forceinline__ float singular_value(const Finish& layer, int32_t i) {
-  const float value = meaning(fetch(layer.param[1], layer.dtype[1], i), layer.dtype[1]) * layer.scaling;
+  const float value = read<float>(layer.param[1], layer.dtype[1], i) * layer.scaling;
   return layer.mask == nullptr ? value : value * layer.mask[i];
 }
 
@@ -103,7 +103,7 @@ __device__ __forceinline__ void share_of_term(const Finish& layer, int32_t begin
 #pragma unroll
     for (int32_t p = 0; p < kPositions; ++p)
       if (begin + p < row.length)
-        share[p] += meaning(fetch(row.param, row.dtype, row.first + (begin + p) * row.stride), row.dtype) * slope;
+        share[p] += read<float>(row.param, row.dtype, row.first + (begin + p) * row.stride) * slope;
   }
 }
 
@@ -131,9 +131,9 @@ __device__ float finish_slot(const Finish& layer, int32_t slot, int32_t triplet)
 #pragma unroll
   for (int32_t p = 0; p < kPositions; ++p) {
     if (begin + p >= part.length) continue;
-    if constexpr (kPart == 2) product += meaning(elements[p].theta, part.dtype) * total[p];
+    if constexpr (kPart == 2) product += meaning<float>(elements[p].theta, part.dtype) * total[p];
     float g = total[p] * lambda;
-    if (with_term) g = share[p] + meaning(rounded(g, part.dtype), part.dtype);
+    if (with_term) g = share[p] + meaning<float>(rounded(g, part.dtype), part.dtype);
     const float s = part.take(begin + p, elements[p], g, layer.smoothing);
     finite &= isfinite(s);
     sum += s;

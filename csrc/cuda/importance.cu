@@ -15,7 +15,14 @@ namespace {
 
 // Elements of a thread in flight: what four blocks on a multiprocessor have registers for.
 template <typename T>
-constexpr int kUnroll = 16 / sizeof(T);
+constexpr int kInFlight = 16 / sizeof(T);
+
+// What is read of an element.
+template <typename T>
+struct Element {
+  Bits<T> param, grad;
+  T average, uncertainty;
+};
 
 // One of the three parameters of a layer, and the averages that go with it.
 template <typename T>
@@ -36,11 +43,39 @@ struct Part {
     return layer.offset + (part == 0 ? 0 : part == 1 ? a : a + layer.r);
   }
 
-  // Updates one element and returns its s; clears `finite` where that isn't.
-  __device__ __forceinline__ T step(int64_t i, const Smoothing<T>& smoothing, bool& finite) const {
-    if (grad == nullptr) return averages.carry(i);
-    const T s = averages.step(i, read<T>(param, param_dtype, i), read<T>(grad, grad_dtype, i), smoothing);
-    finite &= isfinite(s);
+  // Updates `count` elements from `at` on, `stride` apart, and returns the sum of their s; clears `finite` where one
+  // isn't. Some are read before the first of them is written, so that their loads go side by side.
+  __device__ __forceinline__ T take(int64_t at, int32_t count, int64_t stride, const Smoothing<T>& smoothing,
+                                    bool& finite) const {
+    T sum = 0;
+    for (int32_t i = 0; i < count; i += kInFlight<T>, at += kInFlight<T> * stride) {
+      Element<T> elements[kInFlight<T>];
+#pragma unroll
+      for (int32_t j = 0; j < kInFlight<T>; ++j)
+        if (i + j < count) elements[j] = element(at + j * stride);
+#pragma unroll
+      for (int32_t j = 0; j < kInFlight<T>; ++j)
+        if (i + j < count) sum += step(at + j * stride, elements[j], smoothing, finite);
+    }
+    return sum;
+  }
+
+ private:
+  __device__ __forceinline__ Element<T> element(int64_t i) const {
+    if (grad == nullptr) return {0, 0, averages.average[i], averages.uncertainty[i]};
+    return {fetch<T>(param, param_dtype, i), fetch<T>(grad, grad_dtype, i), averages.average[i],
+            averages.uncertainty[i]};
+  }
+
+  __device__ __forceinline__ T step(int64_t i, Element<T> e, const Smoothing<T>& smoothing, bool& finite) const {
+    T s = e.average * e.uncertainty;
+    if (grad != nullptr) {
+      s = update_element(meaning<T>(e.param, param_dtype), meaning<T>(e.grad, grad_dtype), e.average, e.uncertainty,
+                         smoothing);
+      finite &= isfinite(s);
+    }
+    averages.new_average[i] = e.average;
+    averages.new_uncertainty[i] = e.uncertainty;
     return s;
   }
 };
@@ -95,8 +130,7 @@ __device__ bool sweep_rows(const Layer& layer, int32_t item, const Update<T>& up
   } else {
     const Part<T> part(layer, 0, update);
     const int64_t row = static_cast<int64_t>(triplet) * layer.k;
-#pragma unroll kUnroll<T>
-    for (int32_t i = begin + lane; i < end; i += 32) sum += part.step(row + i, update.smoothing, finite);
+    sum = part.take(row + begin + lane, (end - begin - lane + 31) / 32, 32, update.smoothing, finite);
   }
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffff, sum, offset);
   if (lane == 0) update.sums[layer.sums + unit] = sum;
@@ -120,9 +154,9 @@ __device__ bool sweep_slab(const Layer& layer, int32_t item, const Update<T>& up
       sum = left_sum(layer, update, slots(layer.k) + 1, begin / kPositions + group, slots(end), groups, first + j,
                      finite);
     } else if (group < groups) {
-#pragma unroll kUnroll<T>
-      for (int32_t row = begin + group; row < end; row += groups)
-        sum += part.step(static_cast<int64_t>(row) * layer.r + first + j, update.smoothing, finite);
+      const int32_t row = begin + group, rows = (end - row + groups - 1) / groups;
+      sum = part.take(static_cast<int64_t>(row) * layer.r + first + j, rows, static_cast<int64_t>(groups) * layer.r,
+                      update.smoothing, finite);
     }
     column[threadIdx.x] = sum;
     __syncthreads();
@@ -143,7 +177,7 @@ __device__ bool sweep_values(const Layer& layer, const Update<T>& update) {
   bool finite = true;
   for (int32_t i = threadIdx.x; i < layer.r; i += kThreads)
     sums[i] = as_seen ? left_sum(layer, update, slots(layer.k), 0, 1, 1, i, finite)
-                      : part.step(i, update.smoothing, finite);
+                      : part.take(i, 1, 0, update.smoothing, finite);
   return finite;
 }
 

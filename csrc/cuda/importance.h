@@ -67,8 +67,8 @@ ADALORA_INLINE int32_t blocks_of(const Layer& layer) { return row_blocks(layer) 
 ADALORA_INLINE int32_t sums_of(const Layer& layer) { return layer.r * (pieces(layer) + 1 + slabs(layer)); }
 
 // Sweeps all launches, then commits the scores and flips the half. Every layer list but an only one holds a layer.
-// Gradients that are known and are still what their probes say were taken by their backward, from the half that is still
-// current: of them only the sums are read.
+// Gradients that are known and are still what their probes say were taken by their backward, from the half that is
+// still current: of them only the sums are read.
 template <typename T>
 cudaError_t importance_update(const std::vector<Layers>& launches, const Update<T>& update, cudaStream_t stream);
 

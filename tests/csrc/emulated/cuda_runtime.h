@@ -1,7 +1,7 @@
 // As much of CUDA as csrc/cuda uses, for a C++ compiler without it: kernels run on the CPU, bit for bit as they are
 // written. Blocks run one after another in any order, the threads of a block as fibres that take turns in any order
-// between barriers. So a missing barrier, a wrong index or a sum that depends on the order shows; what takes blocks that
-// run at the same time, or memory that is slow to be seen, can't.
+// between barriers. So a missing barrier, a wrong index or a sum that depends on the order shows; what takes blocks
+// that run at the same time, or memory that is slow to be seen, can't.
 #pragma once
 
 #include <algorithm>

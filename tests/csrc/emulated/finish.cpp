@@ -6,8 +6,8 @@
 using namespace adalora;
 
 // What went wrong, or nothing. `numbers`: slabs of T and of dA, padded rank, R, K, N, elements of the state, this
-// layer's first of them, and the dtypes of A, E, B. `tensors`: shares of T and of dA, A, E, B, their gradients before, and
-// those to write, mask, slopes of A and of B, their scale, state, half, sums, probes, ticket.
+// layer's first of them, and the dtypes of A, E, B. `tensors`: shares of T and of dA, A, E, B, their gradients before,
+// and those to write, mask, slopes of A and of B, their scale, state, half, sums, probes, ticket.
 extern "C" const char* finish(const int64_t* numbers, void* const* tensors, double scaling, double beta1,
                               double beta2) {
   return emulated::problem_of([&] {
