@@ -161,8 +161,12 @@ def without_waits(model: nn.Module) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line of a record."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    """An error in one line of a record: what it began with, then what became of it."""
+    chain = [error]
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(earlier)
+    said = dict.fromkeys(f"{type(link).__name__}: {link}" for link in (chain[-1], error))
+    return "; then ".join(" ".join(text.split())[:300] for text in said)
 
 
 class Weighing:

@@ -110,6 +110,18 @@ def test_what_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert list(record["milliseconds"]) == [names.eager(names.LORA)]
 
 
+def test_reasons_begin_where_the_error_did() -> None:
+    assert graphed.reason(ValueError("one\n  thing")) == "ValueError: one thing"
+    try:
+        try:
+            raise RuntimeError("not permitted when capturing")
+        finally:
+            raise RuntimeError("a previous error during capture")
+    except RuntimeError as error:
+        said = graphed.reason(error)
+    assert said == "RuntimeError: not permitted when capturing; then RuntimeError: a previous error during capture"
+
+
 class _Crossings(TorchDispatchMode):
     """Counts copies from one device to another."""
 
