@@ -80,7 +80,9 @@ class FusedAdaLoraModel(AdaLoraModel):
     @property
     def fused_state(self) -> FusedState:
         """What this model holds beyond PEFT's attributes."""
-        state: FusedState = self.__dict__.setdefault("_fused_state", FusedState())
+        state: FusedState | None = self.__dict__.get("_fused_state")
+        if state is None:  # torch.compile of torch 2.11 can't trace setdefault
+            state = self._fused_state = FusedState()
         return state
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -87,7 +87,10 @@ class FusedIncrement(_Module, AdaLoraLayer):
     def _rank_constant(self, adapter: str) -> float:
         """The initial rank of the layer, read from the device once for each value that ``ranknum`` is given."""
         ranknum = self._modules["ranknum"]._parameters[adapter]
-        known = self.__dict__.setdefault("_rank_constants", {})
+        known: dict[str, tuple[Tensor, int, float]] | None = self.__dict__.get("_rank_constants")
+        if known is None:  # torch.compile of torch 2.11 can't trace setdefault
+            known = {}
+            self._rank_constants = known
         entry = known.get(adapter)
         if entry is not None and torch.compiler.is_compiling():
             return float(entry[2])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
+import adalora_kernels
 from adalora_kernels.integrations.peft import layer_report, patch_model, patch_peft
 from tests.integrations.one_layer import K, N, OneLayer, adapted, inputs, layer_of, linear, results
 from tests.integrations.one_layer import fused_calls as fused_calls
@@ -124,6 +125,12 @@ def test_an_adapter_named_like_a_deleted_one_begins_anew() -> None:
     model.add_adapter("default", config)
     importance = model.base_model.rank_allocator().importance
     assert importance.live.all() and importance.updates == 0 and not importance.settled
+
+
+def test_nothing_that_an_older_torch_cannot_trace() -> None:
+    """torch.compile of 2.11 breaks the graph at ``__dict__.setdefault``, that of 2.13 does not: hence in the source."""
+    sources = Path(adalora_kernels.__file__).parent.rglob("*.py")
+    assert not [path.name for path in sources if "__dict__.setdefault" in path.read_text(encoding="utf-8")]
 
 
 def _compiled(model: nn.Module) -> tuple[Any, CompileCounterWithBackend]:
