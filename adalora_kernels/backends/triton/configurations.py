@@ -44,8 +44,8 @@ class _Row(NamedTuple):
 
 
 # A dimension that a kernel does not block is 0. Of matrices whose rows are no whole 16 bytes the loads are narrow and
-# their elements pass through registers: gemm, one_gemm, dx and shrink then take their MIXED tiles. Products of fp32 run
-# on the FMA units, whose operands lie in registers: the higher the rank, the smaller the tile.
+# their elements pass through registers: one_pass, gemm, shrink, one_gemm, dx and x take their MIXED tiles for them.
+# Products of fp32 run on the FMA units, whose operands lie in registers: the higher the rank, the smaller the tile.
 _ROWS = (
     # y and u at once, u made anew by every tile
     _Row("one_pass", _HALF, _A, {64: Tile(128, 128, 32, 8, 3), 128: Tile(64, 128, 32, 8, 3)}),
@@ -126,7 +126,7 @@ _ROWS = (
     _Row("x", _HALF, _B, {64: Tile(64, 0, 64, 8, 3), 128: Tile(64, 0, 64, 8, 2)}),
     _Row("x", _MIXED, _A, {128: Tile(32, 0, 64, 8, 2)}),
     _Row("x", _MIXED, _H, {128: Tile(64, 0, 64, 8, 2)}),
-    _Row("x", _MIXED, _B, {32: Tile(64, 0, 64, 4, 3), 128: Tile(64, 0, 64, 8, 2)}),
+    _Row("x", _MIXED, _B, {32: Tile(64, 0, 64, 8, 3), 128: Tile(64, 0, 64, 8, 2)}),
     _Row("x", _SINGLE, _ALL, {128: Tile(32, 0, 32, 8, 1)}),
     # the second stage of the sums of dA, dB and dE, and of v
     _Row("finish", _SINGLE, _ALL, {MAX_RANK: FINISH}),

@@ -15,7 +15,8 @@ from adalora_kernels.backends.triton.tiles import Tile, Width
 _G_PASS = ("g", "t", "v")
 _STACKED = ("group_shrink", "group_x")  # of a stack, which drops nothing
 _DROPS = ("one_pass", "gemm", "shrink", "delta", "one_gemm", "dx", "x")  # elements, where the call has dropout
-_PRODUCTS = ("gemm", "one_gemm", "dx")
+_PRODUCTS = ("gemm", "one_gemm", "dx")  # whose loads and stores take whole rows of x, W, y and g
+_ALONG_K = ("one_pass", "shrink", "group_shrink", "x")  # whose loads take whole rows of x
 
 
 def launches(kernel: str, p: Problem) -> bool:
@@ -31,7 +32,8 @@ def tile(kernel: str, p: Problem) -> Tile:
     """The tile of a kernel that is launched; of a stack's, the problem's rank is the stack's."""
     operands = [dtype for dtype in _operands(kernel, p) if dtype is not None]
     width = tiles.width_of(p.compute_dtype, *operands)
-    narrow_rows = (kernel in _PRODUCTS and not p.aligned) or (kernel.endswith("shrink") and p.in_features % 8 > 0)
+    narrow_rows = (kernel in _PRODUCTS and not p.aligned) or (kernel in _ALONG_K and p.in_features % 8 > 0)
+    narrow_rows |= kernel == "one_pass" and p.transposed and p.out_features % 8 > 0
     if width is Width.HALF and narrow_rows:
         width = Width.MIXED
     wide = any(dtype.itemsize > 4 for dtype in (*operands, p.adapter_dtype))

@@ -69,9 +69,10 @@ def test_shrink_lets_the_next_launch_begin(family: Family) -> None:
     assert ("griddepcontrol.launch_dependents" in found.ptx) is (family is HOPPER)
 
 
-@pytest.mark.parametrize("kernel", ["one_gemm", "dx"])
+@pytest.mark.parametrize("kernel", ["one_pass", "one_gemm", "dx", "x"])
 @pytest.mark.parametrize("family", Family)
 def test_rows_that_are_no_whole_16_bytes(family: Family, kernel: str) -> None:
-    """Loads of single elements take the tile of wider operands."""
-    options, _ = compiled(table(family, kernel, Width.MIXED)[-1], Call(features=RAGGED))
-    assert not options["DESCRIPTORS"]
+    """Loads of single elements take the tiles of wider operands."""
+    for configuration in table(family, kernel, Width.MIXED):
+        options, _ = compiled(configuration, Call(features=RAGGED))
+        assert not options.get("DESCRIPTORS")

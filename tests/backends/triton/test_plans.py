@@ -130,7 +130,9 @@ def test_explained_tiles_are_those_that_are_launched(
 
     monkeypatch.setattr(tiles, "device_family", lambda _: family)
     x_dtype, weight_dtype, compute = dtypes
-    for rank, dropout_p, features in itertools.product((0, 16, 33, 64, 128), (0.0, 0.1), ((768, 512), (760, 516))):
+    for rank, dropout_p, features in itertools.product(
+        (0, 16, 33, 64, 128), (0.0, 0.1), ((768, 512), (760, 516), (765, 512))
+    ):
         k, n = features
         meta = partial(torch.empty, device="meta")
         x, weight, base = meta(2048, k, dtype=x_dtype), meta(n, k, dtype=weight_dtype), meta(2048, n, dtype=compute)

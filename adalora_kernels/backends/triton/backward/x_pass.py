@@ -16,9 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from adalora_kernels.backends.triton import configurations, tiles
+from adalora_kernels.backends.triton.descriptors import describable
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded
+from adalora_kernels.backends.triton.tiles import Width
 from adalora_kernels.reference.svd_linear import Adapter
 
 
@@ -108,6 +110,8 @@ def pass_over_x(
     (M, K), R, device = x.shape, lora_A.shape[0], x.device
     last_dropped, keep_scale = dropout_arguments(dropout_p if seed is not None else 0.0)
     width = tiles.operand_width(compute_dtype, x)
+    if width is Width.HALF and not describable(x):
+        width = Width.MIXED
     tile = configurations.choose("x", width, R, x, lora_A, dropout=last_dropped >= 0)
     blocks_k = -(-K // tile.block_k)
     slabs, rows_per_slab = tiles.slabs(M, tile.block_m, blocks_k, device)

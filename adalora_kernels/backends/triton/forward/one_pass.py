@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from adalora_kernels.backends.triton import configurations, tiles
+from adalora_kernels.backends.triton.descriptors import describable
 from adalora_kernels.backends.triton.dropout import drop, dropout_arguments, keep_mask
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import TRITON_DTYPES, product, rounded, singular_values, step, strides
+from adalora_kernels.backends.triton.tiles import Width
 from adalora_kernels.reference.svd_linear import Adapter
 
 
@@ -118,6 +120,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, base: None, adapter:
         return y, u
     last_dropped, keep_scale = dropout_arguments(dropout_p if seed is not None else 0.0)
     width = tiles.operand_width(compute_dtype, x, weight)
+    if width is Width.HALF and not (describable(x) and describable(weight if weight.stride(1) == 1 else weight.t())):
+        width = Width.MIXED
     tile = configurations.choose("one_pass", width, R, x, weight, lora_A, dropout=last_dropped >= 0)
     launch(
         _svd_linear_one_pass_kernel,
