@@ -171,6 +171,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     alpha = config.get("lora_alpha")
     if not _is_a(float, alpha) or not math.isfinite(alpha):
         raise ValueError(f"{path}: expected lora_alpha to be a finite number, got {alpha!r}; save the adapter again")
+    dropout = config.get("lora_dropout")
+    if _is_a(float, dropout) and not 0 <= dropout <= 1:
+        raise ValueError(f"{path}: expected lora_dropout in [0, 1], got {dropout}; save the adapter again")
     for name, kind in SHARED_SETTINGS.items():
         if config.get(name) is not None and not _is_a(kind, config[name]):
             raise ValueError(

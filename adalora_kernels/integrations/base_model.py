@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from adalora_kernels.integrations.adapter import Adapter
+from adalora_kernels.integrations.adapter import CONFIG_FILE, Adapter
 
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -39,8 +40,11 @@ def load_base(adapter: Adapter, source: str | Path | None) -> nn.Module:
         raise ValueError("base: expected a model folder, the adapter's config names none; give it with --base")
     labels = next((adapter.others[name].shape[0] for name in _LABELS if name in adapter.others), None)
     settings = {} if labels is None else {"num_labels": labels}
+    if (Path(source) / CONFIG_FILE).is_file():
+        raise ValueError(f"base: expected the model below the adapter, {source} holds an adapter itself; give its base")
+    cls = _class_of(adapter)
     try:
-        model, info = _class_of(adapter).from_pretrained(source, dtype="auto", output_loading_info=True, **settings)
+        model, info = cls.from_pretrained(source, dtype="auto", output_loading_info=True, **settings)
     except (OSError, ValueError) as error:  # several lines for one cause
         cause = str(error).splitlines()[0]
         raise ValueError(f"base: expected the model that the adapter was trained on in {source}, but {cause}") from None
@@ -62,8 +66,9 @@ def _class_of(adapter: Adapter) -> Any:
     mapping = adapter.config.get("auto_mapping") or {}
     library, name = str(mapping.get("parent_library")), str(mapping.get("base_model_class"))
     # A file says what to import here: from transformers, and from nowhere else.
-    if library.partition(".")[0] == "transformers" and hasattr(module := import_module(library), name):
-        return getattr(module, name)
+    with suppress(ImportError, AttributeError):
+        if library.partition(".")[0] == "transformers":
+            return getattr(import_module(library), name)
     raise ValueError(
         f"adapter: expected a task_type or a class of transformers, got {name} of {library}; load the model in Python "
         "and call adalora_kernels.integrations.export.export_merged(model, path)"

@@ -154,6 +154,7 @@ def test_folders_that_are_no_checkpoint_end_in_one_line(
         ({**settings, "task_type": ["SEQ_CLS"]}, "expected task_type to be null or str, got ['SEQ_CLS']"),
         ({**settings, "auto_mapping": 3}, "expected auto_mapping to be null or dict, got 3"),
         ({**settings, "lora_dropout": "0.1"}, "expected lora_dropout to be null or float, got '0.1'"),
+        ({**settings, "lora_dropout": 5}, "expected lora_dropout in [0, 1], got 5"),
         ({**settings, "bias": "some"}, "expected bias to be null or Literal['none', 'all', 'lora_only'], got 'some'"),
         ({**settings, "trainable_token_indices": {"a": [1, "b"]}}, "null or list[int] | dict[str, list[int]], got {'a"),
         ([settings], "peft_type ADALORA, got None"),
@@ -209,11 +210,26 @@ def test_wrong_ways_to_export(saved: Saved, tmp_path: Path) -> None:
         (["--merged"], "the adapter's config names none; give it with --base"),
         (["--merged", "--base", str(tmp_path)], "expected the model that the adapter was trained on"),
         (["--merged", "--base", str(other)], "is not in LlamaForSequenceClassification|neither has"),
+        (
+            ["--merged", "--base", str(saved.adapter)],
+            "expected the model below the adapter, .* holds an adapter itself",
+        ),
     ):
         with pytest.raises(SystemExit, match=expected):
             main([*arguments, *more])
     with pytest.raises(SystemExit, match="expected a folder without another method's adapter"):
         main(["export", str(saved.adapter), "--output", str(saved.adapter)])
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_class_that_transformers_does_not_have(saved: Saved, damaged: Path, tmp_path: Path) -> None:
+    config = damaged / "adapter_config.json"
+    settings = {**json.loads(config.read_text()), "task_type": None}
+    for library in ("transformers", "transformers.nothing", "os"):
+        mapping = {"base_model_class": "path", "parent_library": library}
+        config.write_text(json.dumps({**settings, "auto_mapping": mapping}))
+        with pytest.raises(SystemExit, match="adapter: expected a task_type or a class of transformers, got path"):
+            main(["export", str(damaged), "--output", str(tmp_path / "never"), "--merged", "--base", str(saved.base)])
     assert not (tmp_path / "never").exists()
 
 
