@@ -152,12 +152,16 @@ class SVDLinear(nn.Linear):
         """The layer for x [..., K]; see ``adalora_kernels.svd_linear`` for dtypes and errors."""
         if self.r == 0 or self.merged:
             return F.linear(x, self._weight_as_n_k(), self.bias)
+        # Straight from the registry: as attributes these would cost host time like a launch.
+        lora_A, lora_E, lora_B = map(self._parameters.get, ("lora_A", "lora_E", "lora_B"))
+        if lora_A is None or lora_E is None or lora_B is None:  # parametrised, or flattened by a wrapper
+            lora_A, lora_E, lora_B = self.lora_A, self.lora_E, self.lora_B
         return svd_linear(
             x,
             self._weight_as_n_k(),
-            self.lora_A,
-            self.lora_E,
-            self.lora_B,
+            lora_A,
+            lora_E,
+            lora_B,
             bias=self.bias,
             scaling=self.c,
             dropout_p=self.dropout_p,
