@@ -42,13 +42,20 @@ class Recorder(Protocol):
 class CudaGraph:
     """Records into a CUDA graph."""
 
+    def __init__(self) -> None:
+        self._waited: RuntimeError | None = None
+
     def obstacle(self, device: torch.device) -> str | None:
         """As ``Recorder``'s."""
         return None if device.type == "cuda" else f"expected on a CUDA device, which alone has graphs, got {device}"
 
     def warm_up(self, run: Run, times: int) -> None:
         """On a side stream. In the last of several runs whatever waits for the device raises where it does; the first
-        has to, for what is made once."""
+        has to, for what is made once.
+
+        That is kept until the capture has failed too: there are models (those of transformers, with a mask) that look
+        at their input on the host in every step but one that is being captured.
+        """
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         mode = torch.cuda.get_sync_debug_mode()
@@ -58,6 +65,10 @@ class CudaGraph:
                     if 0 < i == times - 1:
                         torch.cuda.set_sync_debug_mode("error")
                     run()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            self._waited = error
         finally:
             torch.cuda.set_sync_debug_mode(mode)
             torch.cuda.current_stream().wait_stream(side)
@@ -65,8 +76,13 @@ class CudaGraph:
     def record(self, run: Run) -> tuple[Callable[[], None], Tensor]:
         """As ``Recorder``'s."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = run()
+        try:
+            with torch.cuda.graph(graph):
+                result = run()
+        except RuntimeError as error:
+            if self._waited is not None:  # it says where, as a failed capture seldom does
+                raise self._waited from error
+            raise
         return graph.replay, result
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adalora_kernels import AdaLoraAdamW, RankAllocator, compute_orth_regu, graphed_step
-from adalora_kernels.allocator.graphed import GraphedStep, record_step
+from adalora_kernels.allocator.graphed import CudaGraph, GraphedStep, record_step
 from tests.allocator.test_capturable import END, SETTINGS, STEPS, adapters, assert_same, network, trained
 
 
@@ -294,3 +295,63 @@ def test_refuses_an_attachment_that_the_caller_counts() -> None:
     assert allocator.attached
     model, optimizer, allocator = made(sgd, total_step=None)
     refused(ValueError, "total_step", model, optimizer, allocator)
+
+
+class FakeCuda:
+    """torch.cuda's streams and graphs as far as ``CudaGraph`` uses them."""
+
+    class Stream:
+        def wait_stream(self, other: object) -> None: ...
+
+    class CUDAGraph:
+        def replay(self) -> None: ...
+
+    def __init__(self) -> None:
+        self.mode, self.capturing = "default", False
+
+    def current_stream(self) -> FakeCuda.Stream:
+        return self.Stream()
+
+    @contextmanager
+    def stream(self, stream: object) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def graph(self, graph: object) -> Iterator[None]:
+        self.capturing = True
+        try:
+            yield
+        finally:
+            self.capturing = False
+
+    def get_sync_debug_mode(self) -> str:
+        return self.mode
+
+    def set_sync_debug_mode(self, mode: str) -> None:
+        self.mode = mode
+
+
+@pytest.mark.parametrize("looks", ["outside of a capture", "always", "never"])
+def test_what_waits_is_refused_only_if_the_capture_fails(looks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' models look at their mask on the host, but not while they are being captured."""
+    cuda = FakeCuda()
+    for name in ("Stream", "CUDAGraph", "current_stream", "stream", "graph", "get_sync_debug_mode",
+                 "set_sync_debug_mode"):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+
+    def run() -> Tensor:
+        if cuda.capturing and looks == "always":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        if cuda.mode == "error" and looks != "never":
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return torch.ones(())
+
+    recorder = CudaGraph()
+    recorder.warm_up(run, 3)
+    assert cuda.mode == "default"
+    if looks == "always":
+        with pytest.raises(RuntimeError, match="called a synchronizing") as caught:
+            recorder.record(run)
+        assert "not permitted" in str(caught.value.__cause__)
+    else:
+        assert recorder.record(run)[1] == 1
