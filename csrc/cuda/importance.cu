@@ -83,8 +83,12 @@ struct Part {
 // Whether the gradient of a part is still the one that its backward has left. All threads of the block ask.
 template <typename T>
 __device__ bool is_as_seen(const Layer& layer, int part, const Update<T>& update) {
-  if (!layer.known[part]) return false;
+  if (update.handover.sums == nullptr) return false;
   const int32_t tensor = 3 * layer.number + part, i = threadIdx.x;
+  if (!layer.known[part]) {
+    if (i == 0) update.handover.redone[tensor] = false;
+    return false;
+  }
   const int32_t length = part == 0 ? layer.k : part == 1 ? layer.r : layer.n, position = i * probe_step(length);
   bool same = true;
   if (i < kProbes && position < length) {

@@ -14,6 +14,7 @@ import torch
 
 from adalora_kernels.allocator.fused import FUSED
 from adalora_kernels.backends import native, native_cuda, triton
+from adalora_kernels.backends.triton import group
 from tests.backends.triton.fused_training_cases import (
     BEFORE,
     UNSEEN,
@@ -71,7 +72,9 @@ def test_accumulated_gradients() -> None:
     assert assert_same(accumulated, network("blas", dtype=torch.bfloat16)) == {FUSED}
 
 
-def test_siblings() -> None:
+@pytest.mark.parametrize("stacked", [False, True], ids=["one by one", "stacked"])
+def test_siblings(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "_backward_pays", lambda *_: stacked)
     assert assert_same(with_term, Siblings) == {FUSED}
 
 

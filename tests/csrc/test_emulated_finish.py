@@ -161,6 +161,8 @@ def test_gradients_and_importance(emulation: Emulation, case: str, dtypes: Seque
 def test_what_was_written_to_is_done_over(emulation: Emulation) -> None:
     emulation.draw_orders(2)
     model = Model((*SHAPES, (0, 4, 4), (16, 2100, 1500)), before=True)
+    model.handover.redone.fill_(1)  # of the step before
+    model.handover.redone[18:21] = 0  # of the layer without rank, which no step changes
     totals: list[Tensor | None] = list(model.totals(model.finish(emulation)))
     known = [True] * len(totals)
     unseen = (6, 11, 13, 21, 23)  # of which the host has no idea, though most probes tell
