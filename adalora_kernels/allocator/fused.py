@@ -10,9 +10,8 @@ parameter on a GPU, where the launch is made in any case and skips the others.
 What a GPU saves by it, by calculation; no device has timed it. With fp32 adapters and K = N the launch before the step
 moves 24 bytes an element, and the one that adds the orthogonality term's gradients 12. In the backward it is 20 for A
 and 16 for B, the term included, and 1 for the sums that are handed over: 19 on average in place of 24, or of 36 with
-the term. Against that, every micro-batch pays, since none knows that it is the last, and a layer's backward is
-launched by the longer way on the host. ``AdaLoraAdamW`` moves 44 bytes with importance and 28 without: beside it 47 in
-place of 44, or of 56 with the term.
+the term. Against that, every micro-batch pays, since none knows that it is the last. ``AdaLoraAdamW`` moves 44 bytes
+with importance and 28 without: beside it 47 in place of 44, or of 56 with the term.
 """
 
 from __future__ import annotations

@@ -93,6 +93,18 @@ class LayerImportance:
     finisher: Finisher | None = None
     done: bool = False
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that the stage reads and writes of it."""
+        slopes, scale = (None, None) if self.term is None else (self.term.slopes, self.term.scale)
+        return (*self.before, slopes, scale, self.state, self.half, self.sums, self.probes)
+
+    @property
+    def numbers(self) -> tuple[int, int, int, float, float]:
+        """Where this layer's slopes of A and B and its averages begin, and the smoothing factors."""
+        offsets = (0, 0) if self.term is None else (self.term.offset_A, self.term.offset_B)
+        return (*offsets, self.first, float(self.beta1), float(self.beta2))
+
 
 def slots_of(layout: TripletLayout) -> list[int]:
     """How many sums of each triplet every layer has."""

@@ -6,6 +6,7 @@ installed ``unavailable_reason`` says so.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adalora_kernels.backends.triton import plans
+from adalora_kernels.backends.triton.backward.frozen import has_low_rank
 from adalora_kernels.backends.triton.problem import problem_of
 from adalora_kernels.backends.triton.tiles import MAX_RANK, rank_padding
 from adalora_kernels.reference.handover import LayerImportance
@@ -106,13 +108,17 @@ def svd_linear_backward(
 
     ``importance``: of the layer, to be updated on the way as ``reference.handover`` says.
     """
-    if importance is not None or interpreted():
+    if interpreted() or (importance is not None and importance.finisher is not None):
         return _backward(grad_y, x, u, weight, adapter, needs, plan, importance)
     from adalora_kernels.backends.triton.replay import replayed
 
-    tensors, numbers = (grad_y, x, u, weight, *adapter[:5]), (needs, plan, *adapter[5:])
+    tensors: tuple[Tensor | None, ...] = (grad_y, x, u, weight, *adapter[:5])
+    numbers: tuple[Hashable, ...] = (needs, plan, *adapter[5:])
+    if importance is not None:
+        tensors, numbers = (*tensors, *importance.tensors), (*numbers, *importance.numbers)
+        importance.done = has_low_rank(grad_y, x, adapter)
     result: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] = replayed(
-        _backward, tensors, numbers, grad_y, x, u, weight, adapter, needs, plan
+        _backward, tensors, numbers, grad_y, x, u, weight, adapter, needs, plan, importance
     )
     return result
 

@@ -43,8 +43,11 @@ class StubDriver:
         )
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """In place of the launcher that Triton builds for a signature."""
-        return lambda *args: self.launches.append(args)
+        """In place of the launcher that Triton builds for a signature.
+
+        It tells the driver that is active then: compiled kernels outlive the stub that they were compiled under.
+        """
+        return lambda *args: driver.active.launches.append(args)
 
     def get_current_device(self) -> int:
         return self.device

@@ -23,7 +23,7 @@ from tests.backends.triton.stub_driver import Count, StubDriver, stub_driver  # 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set in this process")
 
 FEATURES, RANK, TOKENS = 64, 16, 16
-NO_KERNEL = ("t", "view", "detach", "empty", "new_empty_strided")  # views, and memory
+NO_KERNEL = ("t", "view", "detach", "empty", "empty_like", "new_empty_strided")  # views, and memory
 
 
 class Operators(TorchDispatchMode):

@@ -6,6 +6,7 @@ PyTorch that would run on the device counts too.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -169,6 +170,6 @@ def test_importance_in_the_backward(
     select._select.cache_clear()
     assert fused[0] == apart[0] + swept - orthogonality
     assert not WAITS & {*fused[1]}
-    others = [[name for name in names if name != "aten.copy_.default"] for _, names in (apart, fused)]
-    assert others[1] == others[0]
+    more = Counter(fused[1]) - Counter(apart[1])
+    assert not more or (swept and {*more} == {"aten.copy_.default"})
     assert len(fused[1]) <= len(apart[1]) + swept - orthogonality, "copies of addresses"

@@ -133,24 +133,9 @@ def arguments(update: LayerImportance | None) -> tuple[Any, ...]:
     """What the kernel takes besides the layer's own."""
     if update is None:
         return _NOTHING
-    slopes, offset_A, offset_B, scale = (None, 0, 0, None) if update.term is None else update.term
-    return (
-        *update.before,
-        slopes,
-        scale,
-        update.state,
-        update.half,
-        update.sums,
-        update.probes,
-        offset_A,
-        offset_B,
-        update.state.numel() // 4,
-        update.first,
-        float(update.beta1),
-        1.0 - update.beta1,
-        float(update.beta2),
-        1.0 - update.beta2,
-    )
+    offset_A, offset_B, first, beta1, beta2 = update.numbers
+    elements = update.state.numel() // 4
+    return (*update.tensors, offset_A, offset_B, elements, first, beta1, 1.0 - beta1, beta2, 1.0 - beta2)
 
 
 __all__ = [
