@@ -302,17 +302,41 @@ class AdaLoraAdamW(torch.optim.AdamW):
             self._adopt(self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict()`` of this class or of ``torch.optim.AdamW``; fp32 moments stay what they are."""
+        """Continue from ``state_dict()`` of this class or of ``torch.optim.AdamW``; fp32 moments stay what they are.
+
+        Raises:
+            ValueError: it is another optimizer's, or of parameters with other shapes; nothing changes.
+        """
+        self._check_state_dict(state_dict)
         rates = [group["lr"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, rate in zip(self.param_groups, rates, strict=True):
             group["capturable"] = self.allocator.clock is not None
             lr = float(group["lr"])
             group["lr"] = rate.fill_(lr) if isinstance(rate, Tensor) else lr
-        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
         saved = state_dict["state"]
-        self._adopt({p: saved[i] for i, p in zip(ids, params, strict=True) if i in saved})
+        self._adopt({p: saved[i] for i, p in self._saved_parameters(state_dict) if i in saved})
+
+    def _saved_parameters(self, state_dict: dict[str, Any]) -> Iterable[tuple[int, nn.Parameter]]:
+        """The parameters with their numbers in ``state_dict``."""
+        ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        return zip(ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=False)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What torch doesn't look at; the number of groups and of their parameters it does."""
+        if not isinstance(state_dict, dict) or not state_dict.keys() >= {"state", "param_groups"}:
+            raise ValueError(f"state_dict: expected what state_dict() returned, got {state_dict!r:.60}")
+        for name in ("lr", "betas", "eps", "weight_decay"):
+            if any(name not in group for group in state_dict["param_groups"]):
+                raise ValueError(f"state_dict: expected that of an AdamW, found no {name!r} in its groups")
+        for i, p in self._saved_parameters(state_dict):
+            for name in ("exp_avg", "exp_avg_sq"):
+                value = state_dict["state"].get(i, {}).get(name)
+                if value is not None and value.shape != p.shape:
+                    raise ValueError(
+                        f"state_dict: expected {name!r} of parameter {i} as {list(p.shape)}, got {list(value.shape)}; "
+                        "take the state of this model's optimizer"
+                    )
 
 
 def _on_device(lr: float | Tensor, device: torch.device) -> Tensor:

@@ -250,3 +250,35 @@ def test_refuses() -> None:
     with pytest.raises(ValueError, match=r"expected gradients of the adapters.*after backward\(\)"):
         optimizer.step()
     assert all(torch.equal(v, before[n]) for n, v in parts(model).items()) and allocator.next_step == 0
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    """A moment of one row would be broadcast to all of them."""
+    model = Network(torch.float32)
+    allocator = RankAllocator(model, **SETTINGS)
+    optimizer = AdaLoraAdamW(groups(model), allocator=allocator)
+    backward(model, 0, torch.float32)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+
+    def moment(value: Tensor) -> dict[str, Any]:
+        state = copy.deepcopy(before)
+        state["state"][0]["exp_avg"] = value
+        return state
+
+    strange = torch.optim.SGD(groups(model), lr=0.1).state_dict()
+    for state, message in (
+        (moment(torch.ones(1, 24)), r"expected 'exp_avg' of parameter 0 as \[6, 24\], got \[1, 24\]"),
+        (moment(torch.ones(3, 7)), r"expected 'exp_avg' of parameter 0 as \[6, 24\], got \[3, 7\]"),
+        (strange, "expected that of an AdamW, found no 'betas'|found no 'eps'"),
+        ({"state": {}}, r"expected what state_dict\(\) returned"),
+        (None, r"expected what state_dict\(\) returned, got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(state)
+    for i, saved in before["state"].items():
+        assert all(torch.equal(value, saved[name]) for name, value in optimizer.state_dict()["state"][i].items())
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    backward(model, 1, torch.float32)
+    optimizer.step()
+    assert allocator.next_step == 2
