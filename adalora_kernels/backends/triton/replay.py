@@ -137,11 +137,12 @@ def replayed(
     where = first.device
     made = [_new(like) for like in replay.made]
     scratch = None if replay.scratch is None else _new(replay.scratch)
+    workspace = None if replay.workspace is None else tickets.workspace(where, replay.workspace)  # held until launched
     arguments = replay.arguments(
         addresses,
         [t.data_ptr() for t in made],
         0 if scratch is None else scratch.data_ptr(),
-        0 if replay.workspace is None else tickets.workspace(where, replay.workspace).data_ptr(),
+        0 if workspace is None else workspace.data_ptr(),
     )
     stream = active.get_current_stream(device)
     for (kept, (x, y, z)), own in zip(replay.launches, arguments, strict=True):
