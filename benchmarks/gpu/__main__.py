@@ -75,7 +75,7 @@ def main() -> int:
 def core(machine: Machine, deadline: float) -> int:
     """Checks, the core set, the host's time; then the record and the bounds."""
     from benchmarks import records
-    from benchmarks.gpu import checks, children, graphed, groups, host
+    from benchmarks.gpu import checks, children, fused, graphed, groups, host
     from benchmarks.gpu.layers import Case
     from benchmarks.gpu.questions import ceilings
     from benchmarks.gpu.rows import RANK, Row, group_rows, rows
@@ -84,7 +84,9 @@ def core(machine: Machine, deadline: float) -> int:
     print(extension())
     content: dict[str, Any] = {"environment": machine.environment(), "records": [], "left_out": []}
     sanitizer = children.under_the_sanitizer(machine, "memcheck", timeout=120)
-    public = chain(checks.public_call(machine), groups.checks(machine), graphed.whole_steps(machine))
+    public = chain(
+        checks.public_call(machine), groups.checks(machine), fused.checks(machine), graphed.whole_steps(machine)
+    )
     seen = list(announced(chain(children.side_by_side(machine), public, sanitizer)))
     content["checks"] = [check.record() for check in seen if check.outcome != "holds"]
     content["checks_held"] = sum(check.outcome == "holds" for check in seen)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from adalora_kernels.backends.triton import plans
 from adalora_kernels.backends.triton.launch import launch
+from benchmarks.gpu import fused
 from benchmarks.gpu import layers as contest
 from benchmarks.gpu.host import queued
 from benchmarks.gpu.layers import Case, Layer
@@ -32,6 +33,7 @@ def questions(machine: Machine, shapes: Sequence[tuple[int, int]], tokens: Seque
     """One record per question and case."""
     yield ceilings(machine)
     yield launches(machine)
+    yield from fused.questions(machine)
     for k, n in shapes:
         for m in tokens:
             yield products(Case(k, n, m, 0, "bfloat16"), machine)
