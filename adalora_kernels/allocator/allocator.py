@@ -18,7 +18,7 @@ from adalora_kernels.allocator.tensorboard import check_writer
 from adalora_kernels.allocator.watch import called, watch
 from adalora_kernels.allocator.zero import ZeroAttachment, zero_optimizer
 from adalora_kernels.backends.select import Backend
-from adalora_kernels.ops.checks import check_number
+from adalora_kernels.ops.checks import check_number, check_share
 
 
 class RankAllocator(BudgetEngine):
@@ -89,9 +89,7 @@ class RankAllocator(BudgetEngine):
         numbers = {"lora_r": lora_r, "target_rank": target_rank, "init_warmup": init_warmup,
                    "final_warmup": final_warmup, "beta1": beta1, "beta2": beta2}  # fmt: skip
         for name, value in numbers.items():
-            check_number(name, value)
-            if name.startswith("beta") and not 0 < value < 1:
-                raise ValueError(f"{name}: expected a number between 0 and 1, got {value}")
+            check_share(name, value) if name.startswith("beta") else check_number(name, value)
         if lora_r < 0:
             raise ValueError(f"lora_r: expected at least 0, got {lora_r}")
         check_writer(tb_writter, tb_writter_loginterval, capturable)

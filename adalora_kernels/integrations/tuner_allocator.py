@@ -13,13 +13,24 @@ from torch.optim import Optimizer
 from adalora_kernels.allocator import RankAllocator, Turn
 from adalora_kernels.allocator.compact import Rows, spread
 from adalora_kernels.allocator.saved import check_saved_rows
+from adalora_kernels.allocator.schedule import BudgetSchedule
 from adalora_kernels.allocator.watch import unwatch
 from adalora_kernels.integrations.rank_pattern import Pattern, adopt_averages, by_layer, gather, path_key
+from adalora_kernels.ops.checks import check_number, check_share
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adalora_kernels.integrations.adalora_model import FusedAdaLoraModel
+
+
+_OF_CONFIG = {
+    "lora_r": "init_r",
+    "target_rank": "target_r",
+    "init_warmup": "tinit",
+    "final_warmup": "tfinal",
+    "mask_interval": "deltaT",
+}
 
 
 class TunerAllocator(RankAllocator):
@@ -35,20 +46,23 @@ class TunerAllocator(RankAllocator):
     """
 
     def __init__(self, tuner: FusedAdaLoraModel, name: str, config: AdaLoraConfig) -> None:
-        super().__init__(
-            tuner.model,
-            lora_r=config.init_r,
-            target_rank=config.target_r,
-            init_warmup=config.tinit,
-            final_warmup=config.tfinal,
-            mask_interval=config.deltaT,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            total_step=config.total_step,
-            variant="peft",
-            adapter=name,
-            backend=tuner.backend_of("importance"),
-        )
+        try:
+            super().__init__(
+                tuner.model,
+                lora_r=config.init_r,
+                target_rank=config.target_r,
+                init_warmup=config.tinit,
+                final_warmup=config.tfinal,
+                mask_interval=config.deltaT,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                total_step=config.total_step,
+                variant="peft",
+                adapter=name,
+                backend=tuner.backend_of("importance"),
+            )
+        except (TypeError, ValueError) as error:
+            raise _in_words_of_the_config(error) from None
         unwatch(self)  # the model is watched
         self.tuner, self.name, self.config = tuner, name, config
         peft_allocator = tuner.__dict__.get("rankallocator")
@@ -75,12 +89,27 @@ class TunerAllocator(RankAllocator):
         self.importance.live.copy_(torch.tensor(rows, dtype=torch.bool))
 
     def follow_config(self) -> None:
-        """Take the schedule that the config holds now."""
+        """Take the schedule that the config holds now.
+
+        Raises:
+            TypeError, ValueError: its betas are not in (0, 1), or its target is no number.
+        """
         config = self.config
+        check_number("config.target_r", config.target_r)
+        for name in ("beta1", "beta2"):
+            if (beta := getattr(config, name)) != getattr(self, name):
+                check_share(f"config.{name}", beta)
         self.total_step, self.mask_interval = config.total_step, config.deltaT
         self.initial_warmup, self.final_warmup = config.tinit, config.tfinal
         self.beta1, self.beta2 = config.beta1, config.beta2
         self.target_rank = config.target_r * len(self.triplets)
+
+    def _schedule(self, total_step: int) -> BudgetSchedule:
+        """As ``RankAllocator``'s, with errors in the words of PEFT's config."""
+        try:
+            return super()._schedule(total_step)
+        except (TypeError, ValueError) as error:
+            raise _in_words_of_the_config(error) from None
 
     def begin(self, step: int | None = None, params: Sequence[Tensor] | None = None) -> Turn:
         """As ``RankAllocator``'s, on the config's present schedule."""
@@ -146,6 +175,16 @@ class TunerAllocator(RankAllocator):
         for t, row in zip(self.triplets, rows, strict=True):
             kept[t.name] = spread(row, kept.get(t.name))
         self._write_pattern()
+
+
+def _in_words_of_the_config(error: TypeError | ValueError) -> TypeError | ValueError:
+    """The error of a setting, which has another name in PEFT's config; others as they are."""
+    name, colon, rest = str(error).partition(":")
+    if name not in {*_OF_CONFIG, "total_step", "beta1", "beta2"}:
+        return error
+    for ours, theirs in _OF_CONFIG.items():
+        rest = rest.replace(ours, theirs)
+    return type(error)(f"config.{_OF_CONFIG.get(name, name)}{colon}{rest}")
 
 
 __all__ = ["TunerAllocator"]

@@ -85,9 +85,21 @@ def check_number(name: str, value: Any, *, whole: bool = False) -> None:
         raise ValueError(f"{name}: expected a {'whole' if whole else 'finite'} number, got {value}")
 
 
+def check_share(name: str, value: Any) -> None:
+    """Hold a setting to lie between 0 and 1, both excluded.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it lies elsewhere.
+    """
+    check_number(name, value)
+    if not 0 < value < 1:
+        raise ValueError(f"{name}: expected a number between 0 and 1, got {value}")
+
+
 def floating_state_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype of state kept for these parameters: fp64 if any of them is fp64, else fp32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-__all__ = ["check_layer", "check_number", "floating_state_dtype"]
+__all__ = ["check_layer", "check_number", "check_share", "floating_state_dtype"]

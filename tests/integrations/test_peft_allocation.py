@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -290,3 +291,35 @@ def test_compaction_keeps_outputs_training_and_checkpoints(architecture: str, tm
     tokens = batch(model)["input_ids"]
     for other in (loaded, patch_model(copy.deepcopy(loaded))):
         torch.testing.assert_close(other.eval()(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("target_r", -1, "config.target_r: expected at least 0"),
+        ("target_r", "3", "config.target_r: expected a number, got '3'"),
+        ("deltaT", 0, "config.deltaT: expected at least 1, got 0"),
+        ("deltaT", 1.5, "config.deltaT: expected a whole number, got 1.5"),
+        ("tinit", -1, "config.tinit: expected at least 0, got -1"),
+        ("tfinal", "4", "config.tfinal: expected a number, got '4'"),
+        ("total_step", 5, r"config.total_step: expected more than tinit \+ tfinal = 6, got 5"),
+        ("beta1", 2.0, "config.beta1: expected a number between 0 and 1, got 2.0"),
+    ],
+)
+def test_settings_are_named_as_in_the_config(setting: str, value: Any, message: str) -> None:
+    """Both where the allocator is made and where a setting changes on the way."""
+    model = patch_model(build("perceptron"))
+    if setting != "target_r":
+        good = getattr(model.peft_config["default"], setting)
+        setattr(model.peft_config["default"], setting, value)
+        with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+            model.base_model.rank_allocator()
+        setattr(model.peft_config["default"], setting, good)
+    backward(model)
+    model.base_model.update_and_allocate(0)
+    before = model.base_model.rank_allocator().state_dict()
+    setattr(model.peft_config["default"], setting, value)
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        model.base_model.update_and_allocate(1)
+    allocator = model.base_model.fused_state.allocator
+    assert allocator.next_step == 1 and torch.equal(allocator.importance.scores, before["scores"])
