@@ -72,6 +72,18 @@ def _check_rank_vector(name: str, tensor: Tensor, r: int) -> None:
         raise ValueError(f"{name}: expected [{r}, 1] or [{r}], got {list(tensor.shape)}")
 
 
+def as_float(name: str, value: Any) -> float:
+    """A number of whatever kind, also a tensor of one element, as Python's.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number, got {value!r:.60}") from None
+
+
 def check_number(name: str, value: Any, *, whole: bool = False) -> None:
     """Hold a setting to be a finite number, or a whole one.
 
@@ -102,4 +114,4 @@ def floating_state_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-__all__ = ["check_layer", "check_number", "check_share", "floating_state_dtype"]
+__all__ = ["as_float", "check_layer", "check_number", "check_share", "floating_state_dtype"]

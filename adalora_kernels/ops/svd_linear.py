@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adalora_kernels.backends.select import Backend, Selection, implementation, parse, select
-from adalora_kernels.ops.checks import check_layer
+from adalora_kernels.ops.checks import as_float, check_layer
 from adalora_kernels.ops.importance import LayerImportance, begin_layer, sink_of
 from adalora_kernels.ops.once import differentiable_once
 from adalora_kernels.reference.svd_linear import Adapter
@@ -129,7 +129,7 @@ def _call(
     if dropout_p > 0 and lora_A.shape[0] > 0:
         # A tensor, so that no host sync is needed, a CUDA graph can replay it, and checkpointing regenerates it.
         seed = torch.randint(SEED_RANGE, (1,), dtype=torch.int64, device=x.device)
-    adapter = Adapter(lora_A, lora_E, lora_B, mask, seed, float(scaling), dropout_p, dtype)
+    adapter = Adapter(lora_A, lora_E, lora_B, mask, seed, as_float("scaling", scaling), dropout_p, dtype)
     if torch.compiler.is_compiling():
         # Names only: the op chooses when it runs, where the compiler doesn't trace.
         name = backend.value if isinstance(backend, Backend) else backend or "auto"

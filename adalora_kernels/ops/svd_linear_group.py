@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adalora_kernels.backends.select import Backend, Selection, select
-from adalora_kernels.ops.checks import check_layer
+from adalora_kernels.ops.checks import as_float, check_layer
 from adalora_kernels.ops.importance import begin_layer, sink_of
 from adalora_kernels.ops.once import differentiable_once
 from adalora_kernels.ops.svd_linear import SEED_RANGE, autocast_off, compute_dtype_of, launchers, svd_linear
@@ -88,12 +88,12 @@ def svd_linear_group(
     selection = select("svd_linear", x.device.type, dtype, max(layer.lora_A.shape[0] for layer in group), backend)
     arguments: list[Tensor | None] = []
     numbers = []
-    for w, a, e, b, bias, mask, c in group:
+    for i, (w, a, e, b, bias, mask, c) in enumerate(group):
         seed = None
         if probability > 0 and a.shape[0] > 0:
             seed = torch.randint(SEED_RANGE, (1,), dtype=torch.int64, device=x.device)
         arguments += [w, bias, a, e, b, mask, seed]
-        numbers.append((float(c), probability, dtype))
+        numbers.append((as_float(f"layers[{i}].scaling", c), probability, dtype))
     outputs: tuple[Tensor, ...] = _SVDLinearGroup.apply(numbers, selection, x, *arguments)
     return outputs
 

@@ -192,6 +192,8 @@ def test_bad_input_names_the_layer() -> None:
     x, layers, _ = group_inputs()
     with pytest.raises(ValueError, match="layers: expected at least one layer, got none"):
         svd_linear_group(x, [])
+    with pytest.raises(TypeError, match=r"layers\[1\]\.scaling: expected a number, got 'x'"):
+        svd_linear_group(x, [layers[0], layers[1]._replace(scaling="x")])  # type: ignore[arg-type]
     for strange in (3, [3], layers[0]):  # the last is a layer, not a list of them
         with pytest.raises(TypeError, match=r"layers: expected \('weight', 'lora_A', .* of each layer, got"):
             svd_linear_group(x, strange)

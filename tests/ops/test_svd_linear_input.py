@@ -42,6 +42,8 @@ class TestBadInput:
             ("weight", None, TypeError),
             ("lora_A", None, TypeError),
             ("dropout_p", "a", TypeError),
+            ("scaling", "a", TypeError),
+            ("scaling", None, TypeError),
             ("dropout_p", 1.5, ValueError),
             ("dropout_p", float("nan"), ValueError),
         ),
