@@ -227,7 +227,8 @@ def test_gradients_are_handed_to_the_layers_sinks() -> None:
     ys = svd_linear_group(x, layers)
     torch.autograd.backward([ys[0], ys[2]], [grads[0], grads[2]])
     assert [id(lora_A) for lora_A, *_ in recorded.taken] == [id(layers[0].lora_A), id(layers[2].lora_A)]
-    for lora_A, *handed in recorded.taken:
+    for lora_A, *handed, begun in recorded.taken:
+        assert begun is None  # nobody takes it over within the kernel
         layer = next(layer for layer in layers if layer.lora_A is lora_A)
         for gradient, factor in zip(handed, layer[1:4], strict=True):
             torch.testing.assert_close(gradient, factor.grad)
