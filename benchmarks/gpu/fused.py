@@ -124,7 +124,7 @@ def measure(machine: Machine, layers: int, size: int, tokens: int) -> dict[str, 
     seconds = machine.replays(runs)
     times = {name: {q: 1e6 * v for q, v in vars(Sample.of(values)).items()} for name, values in seconds.items()}
     case = {"layers": layers, "K": size, "N": size, "M": tokens, "R": RANK, "adapter": "float32"}
-    return {"benchmark": "importance in a backward", "case": case, "microseconds": times}
+    return {"benchmark": "importance in a backward", "case": case, "microseconds": times, "rounds": machine.rounds}
 
 
 def questions(machine: Machine) -> Iterator[dict[str, Any]]:

@@ -61,7 +61,8 @@ def test_parts(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "dry-questions.json").read_text())
     asked = {record["benchmark"] for record in content["records"]}
     assert asked == {
-        "ceilings", "host time of a launch", "plain product", "accumulation", "backward passes", "group"
+        "ceilings", "host time of a launch", "importance in a backward", "plain product", "accumulation",
+        "backward passes", "group"
     }  # fmt: skip
     text = page.write(tmp_path, tmp_path / "page").read_text(encoding="utf-8")
     assert "Left out" not in text and "Backward passes" in text and "Host time of a launch" in text
