@@ -152,6 +152,8 @@ class Siblings:
         if apart:
             selection = self._explained(apart[0])
             why = "shares no pass over x" if selection is None else f"shares no pass over x: {selection.reason}"
+            if selection is not None and "stack" in selection.plan:
+                why = "saves less of the device's time than of the host's it takes"
             return f"alone: a group with {with_whom} {why}", None
         return f"alone: no call showed yet that {others} read the same x", None
 

@@ -102,11 +102,23 @@ def backward(
 def shares_passes(
     x: Tensor, members: Sequence[Member], need_gradients: bool, need_x: bool, plan: str | None = None
 ) -> bool:
-    """Whether several members would share a pass over x, in the forward or in a backward."""
+    """Whether several members would share a pass over x, in the forward or in a backward, and that saves time.
+
+    It saves the device's. Where layers are so small that the device waits for the host, who groups them makes it wait
+    longer, unless plans are asked for by name.
+    """
     found = _stacks(members)
     problems = _ranked(tuple(problem_of(x, m.weight, m.adapter, need_x) for m in members))
+    if not found or (plan is None and waits_for_the_host(problems)):
+        return False
     pays = _backward_pays if need_gradients else _forward_pays
-    return bool(found) and (_forward_pays(problems, len(found), plan) or pays(problems, len(found), plan))
+    return _forward_pays(problems, len(found), plan) or pays(problems, len(found), plan)
+
+
+@cache
+def waits_for_the_host(problems: tuple[Problem, ...]) -> bool:
+    """Whether the frozen products, forward and backward, take the device less time than their layers the host."""
+    return 2 * sum(map(costs.frozen, problems)) < len(problems) * costs.HOST
 
 
 def explain(x: Tensor, members: Sequence[Member], need_x: bool = True, plan: str | None = None) -> tuple[str, str, str]:
@@ -249,4 +261,4 @@ def _stacked_backward(
     return None if dx is None else dx.to(x.dtype), gradients
 
 
-__all__ = ["backward", "explain", "forward", "shares_passes"]
+__all__ = ["backward", "explain", "forward", "shares_passes", "waits_for_the_host"]

@@ -308,6 +308,15 @@ def test_whether_passes_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not shares_passes(x, layers, backend="reference")
 
 
+def test_small_layers_wait_for_the_host() -> None:
+    """On an H100: the projections of a BERT do, those of a large language model don't."""
+    for features, tokens, waits in ((768, 4096, True), (4096, 8192, False), (4096, 256, True)):
+        problem = Problem(
+            tokens, features, features, 16, *(torch.bfloat16,) * 4, False, False, True, Family.HOPPER, programs=132
+        )  # fmt: skip
+        assert group.waits_for_the_host((problem,) * 3) is waits
+
+
 def test_choice_by_calculated_cost() -> None:
     """One pass over dx in place of three pays at many tokens; a second launch before ``published`` doesn't."""
     problem = Problem(
