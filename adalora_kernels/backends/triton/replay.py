@@ -42,14 +42,26 @@ Result = tuple[Tensor | None, ...]
 
 
 class _Address:
-    """A tensor descriptor's arguments for the compiled kernel's launcher, without the tensor."""
+    """A tensor descriptor's arguments for the compiled kernel's launcher: of ``like``, without its tensor.
 
-    __slots__ = ("address", "base", "block_shape", "padding", "shape", "strides")
+    What is known of a call outlives it, and must not keep what it was given or made, graph and all.
+    """
 
-    def __init__(self, like: TensorDescriptor, address: int) -> None:
-        self.base, self.address = self, address
+    __slots__ = ("address", "block_shape", "padding", "shape", "strides")
+    shape: Sequence[int]
+    strides: Sequence[int]
+    block_shape: Sequence[int]
+    padding: str
+
+    def __init__(self, like: TensorDescriptor | _Address, address: int) -> None:
+        self.address = address
         self.shape, self.strides, self.block_shape = like.shape, like.strides, like.block_shape
         self.padding = like.padding
+
+    @property
+    def base(self) -> _Address:
+        """What has the address: not an attribute, or each would be a cycle."""
+        return self
 
     def data_ptr(self) -> int:
         return self.address
@@ -279,10 +291,11 @@ class _Places:
         if isinstance(value, Tensor):
             return self._place(value.data_ptr())
         name = f"c{len(self.constants)}"
-        self.constants[name] = value
         if isinstance(value, TensorDescriptor):
+            self.constants[name] = _Address(value, 0)
             place = self._place(value.base.data_ptr())
             return None if place is None else f"Address({name}, {place})"
+        self.constants[name] = value
         return name
 
 

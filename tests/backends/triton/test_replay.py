@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -254,6 +256,29 @@ def test_arguments_of_one_address_are_not_remembered(stub: StubDriver) -> None:
     twice = (tensors[0], tensors[1], tensors[0], *tensors[3:])
     replayed(launcher, twice, rest, args[0], args[1], args[0], *args[3:])
     assert not replay._known
+
+
+@pytest.mark.parametrize(("direction", "name"), [("forward", "published"), ("backward", "one_gemm")])
+def test_a_known_call_holds_no_tensor(stub: StubDriver, direction: str, name: str) -> None:
+    """Neither the one that was watched nor a replay: an output would keep its graph, and nodes that began elsewhere."""
+    layout, others = tensors_of(direction, name, random.Random(1))
+    layout |= {"dtype": torch.bfloat16, "adapter": torch.bfloat16, "shift": 0, "strided": False}
+    gc.disable()
+    try:
+        for _ in range(2):
+            tensors, rest, args = call(direction, name, layout, others)
+            results = replayed(plans.launcher(direction, name), tensors, rest, *args)
+            alive = [weakref.ref(t) for t in (*tensors, *results) if t is not None]
+            stub.launches.clear()
+            del tensors, args, results
+            assert not [ref for ref in alive if ref() is not None]
+    finally:
+        gc.enable()
+    assert any(isinstance(value, replay._Address) for known in replay._known.values() for value in _constants(known))
+
+
+def _constants(known: Any) -> list[Any]:
+    return [value for kind, value in known.arguments.__globals__.items() if kind.startswith("c")]
 
 
 def test_tiles_on_trial_and_hooks_are_heeded(stub: StubDriver) -> None:
