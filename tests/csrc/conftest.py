@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from tests.csrc.emulation import Emulation
 @pytest.fixture(scope="session")
 def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     """The kernels on the CPU."""
-    if shutil.which("c++") is None:
-        pytest.skip("no C++ compiler")
+    if sys.platform != "linux" or not all(map(shutil.which, ("c++", "objcopy"))):
+        pytest.skip("no Linux with a C++ compiler and objcopy")
     return Emulation(tmp_path_factory.mktemp("emulated"))
 
 

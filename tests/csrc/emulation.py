@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,9 +25,9 @@ TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020A000000000000"
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def execute(*arguments: str) -> None:
-    """Run the C++ compiler."""
-    done = subprocess.run([shutil.which("c++") or "c++", *FLAGS, *arguments], capture_output=True, text=True)
+def execute(*command: str) -> None:
+    """Run a command that must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -36,7 +35,10 @@ def compile_into(folder: Path, source: Path, *defines: str) -> Path:
     """The object file of a source, CUDA or not."""
     target = folder / f"{source.name}.o"
     includes = [f"-I{EMULATED}", f"-I{CSRC}", *(flag for path in include_paths() for flag in ("-isystem", path))]
-    execute(*includes, *defines, "-x", "c++", "-c", str(source), "-o", str(target))
+    execute("c++", *FLAGS, *includes, *defines, "-x", "c++", "-c", str(source), "-o", str(target))
+    if source.suffix == ".cu":  # an attribute in the source would do it, but not in templates
+        section = "--rename-section=.bss=emulated_shared,alloc,load,data,contents"
+        execute("objcopy", "--set-section-flags=.bss=alloc,load,contents", section, str(target))
     return target
 
 
@@ -51,7 +53,7 @@ class Emulation:
         """Link ``objects`` into a library in ``folder``; without any, compile all sources there first."""
         self._objects = list(objects) or [compile_into(folder, source) for source in SOURCES]
         target = folder / "emulated.so"
-        execute("-shared", *map(str, self._objects), "-o", str(target))
+        execute("c++", "-shared", *map(str, self._objects), "-o", str(target))
         self._library = ctypes.CDLL(str(target))
         for name in ("importance_update", "finish", "mask_to_budget"):
             getattr(self._library, name).restype = ctypes.c_char_p
@@ -76,7 +78,7 @@ class Emulation:
         ops = compile_into(folder, EMULATED / "host" / "ops.cpp", "-DNDEBUG", "-DUSE_CUDA", TORCH_TARGET)
         target = folder / "emulated_ops.so"
         libraries = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
-        execute("-shared", *map(str, self._objects), str(ops), *libraries, "-o", str(target))
+        execute("c++", "-shared", *map(str, self._objects), str(ops), *libraries, "-o", str(target))
         return target
 
     def draw_orders(self, seed: int) -> None:

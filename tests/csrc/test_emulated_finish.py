@@ -202,8 +202,19 @@ def test_bits_do_not_depend_on_the_order_of_execution(emulation: Emulation) -> N
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+def test_any_block_may_be_the_last(emulation: Emulation) -> None:
+    """Three of them finish B, all under way at a time."""
+    shapes = ((64, 8, 48),)
+    emulation.draw_orders(0)
+    expected = Model(shapes).finish(emulation)
+    for seed in range(1, 60):
+        emulation.draw_orders(seed)
+        assert all(map(torch.equal, Model(shapes).finish(emulation), expected))
+
+
 FAULTS = {
     "the last block does not wait": ("  __syncthreads();\n  return last;", "  return last;"),
+    "a block arrives before it has written": ("  __shared__ bool last;\n  __syncthreads();", "  __shared__ bool last;"),
     "groups are added up too early": (
         "  values[threadIdx.x] = value;\n  __syncthreads();",
         "  values[threadIdx.x] = value;",
@@ -226,6 +237,7 @@ def test_faults_show(emulation: Emulation, fault: str, tmp_path: Path) -> None:
         lambda: test_gradients_and_importance(faulty, "with all", DTYPES),
         lambda: test_what_was_written_to_is_done_over(faulty),
         lambda: test_overflow_is_handed_over(faulty, 1e25, (2, 1)),
+        lambda: test_any_block_may_be_the_last(faulty),
     ):
         try:
             test()

@@ -1,7 +1,7 @@
 // As much of CUDA as csrc/cuda uses, for a C++ compiler without it: kernels run on the CPU, bit for bit as they are
-// written. Blocks run one after another in any order, the threads of a block as fibres that take turns in any order
-// between barriers. So a missing barrier, a wrong index or a sum that depends on the order shows; what takes blocks
-// that run at the same time, or memory that is slow to be seen, can't.
+// written. Threads are fibres that take turns in any order between barriers, atomics and fences, and so do the blocks,
+// some of them at a time. So a missing barrier, a wrong index or a sum that depends on the order shows; what takes
+// memory that is slow to be seen can't.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time, each instance of a kernel with its own
+#define __shared__ static  // the only ones of kernels; emulation.py puts them into a section of their own
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -51,6 +51,9 @@ bool synchronize(Barrier barrier, bool value);
 // Waits for the warp's lanes of `mask`; what `source` gave, which may be any lane of them.
 uint64_t exchange(uint32_t mask, uint64_t value, uint32_t source);
 
+// Lets others take their turn.
+void pause();
+
 }  // namespace emulated
 
 #define threadIdx emulated::thread_index
@@ -66,9 +69,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return emulated::run(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
 }
 
-inline void __threadfence() {}  // all threads of all blocks run on one of the CPU's
+inline void __threadfence() { emulated::pause(); }  // all threads run on one of the CPU's
 
 inline int32_t atomicAdd(int32_t* address, int32_t value) {
+  emulated::pause();
   const int32_t before = *address;
   *address += value;
   return before;
