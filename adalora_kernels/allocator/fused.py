@@ -153,11 +153,11 @@ class FusedImportance:
             planned = self._plan(layer)
         else:
             planned = None if begun is None or not begun.done else Planned(begun.before, begun.term)
-            if planned is None and not step.because and self._wanted():
+            if planned is None and not step.because and lora_A.numel() > 0 and self._wanted():
                 name = self._engine.triplets[layer].name
                 step.because = f"the backward of {name} did not come to a last stage that takes importance"
         step.expected[layer] = None
-        if planned is None or not all(map(_fits, grads, params)):
+        if planned is None or not (self._way.piecewise or all(map(_fits, grads, params))):
             return
         values = self._way.take(layer, params, grads, planned)
         if planned.term is not None:
@@ -181,7 +181,9 @@ class FusedImportance:
         before = [p.grad for p in params]
         if layer in step.expected:
             expected = step.expected[layer]
-            if expected is None or not all(map(_arrived, params, expected)):
+            if expected is None:
+                return None
+            if not all(map(_arrived, params, expected)):
                 step.because = f"{self._engine.triplets[layer].name} ran twice in one backward"
                 return None
         if not self._wanted():
@@ -190,7 +192,7 @@ class FusedImportance:
         if there and share is not None:
             step.because = "the orthogonality term came on top of gradients that were there"
             return None
-        if self._way.piecewise and not all(map(_fits, before, params)):
+        if self._way.piecewise and not all(map(_lies_plain, before, params)):
             step.because = f"{self._engine.triplets[layer].name} is not contiguous, or accumulates in another dtype"
             return None
         return Planned(before, share)
@@ -270,9 +272,13 @@ class FusedImportance:
         return finite
 
 
-def _fits(grad: Tensor | None, param: Tensor) -> bool:
-    """Whether a gradient lies as its parameter's kernels write it."""
-    return grad is None or (grad.is_contiguous() and grad.dtype == param.dtype)
+def _fits(grad: Tensor, param: Tensor) -> bool:
+    return grad.is_contiguous() and grad.dtype == param.dtype
+
+
+def _lies_plain(before: Tensor | None, param: Tensor) -> bool:
+    """Whether a parameter and the gradient that is there lie as the last stage reads them."""
+    return param.is_contiguous() and (before is None or _fits(before, param))
 
 
 def _arrived(param: Tensor, expected: _Expected) -> bool:

@@ -27,6 +27,7 @@ SETTINGS: dict[str, Any] = {"lora_r": 4, "target_rank": 2, "init_warmup": 0, "fi
 BEFORE = "launched before the step: "
 MOVED = "a parameter of first was written to after its backward"
 WRITTEN = "the gradient of {} was written to after its backward"
+PLAIN = "{} is not contiguous, or accumulates in another dtype"
 PLANS = ("one_gemm", "split", "blas")
 
 
@@ -211,6 +212,19 @@ def left_out(model: Network, step: int) -> None:
         one_backward(model, step)
 
 
+def strided(model: Network, step: int) -> None:
+    """A parameter that lies otherwise, which the last stage would misread."""
+    if step == 0:
+        model.first.lora_A.data = model.first.lora_A.data.t().contiguous().t()
+    with_term(model, step)
+
+
+def widened(model: Network, step: int) -> None:
+    """A gradient that is there in another layout."""
+    model.last.lora_B.grad = torch.ones(3, 7, device=DEVICE).t()
+    one_backward(model, step)
+
+
 def term_last(model: nn.Module, step: int) -> None:
     """On top of gradients that are there."""
     one_backward(model, 10 * step)
@@ -236,6 +250,8 @@ UNSEEN = f"{FUSED}; {BEFORE}the gradient of {{}} was written to unseen"
         (reduced, 1, {UNSEEN.format("first and of 1 more")}),
         (changed, 1, {f"{FUSED} but for 1 of 6 gradients; {BEFORE}{MOVED}"}),
         (left_out, 1, {FUSED, f"{FUSED} but for 3 of 6 gradients; {BEFORE}first was not fused in this step"}),
+        (strided, 1, {f"{FUSED} but for 3 of 6 gradients; {BEFORE}{PLAIN.format('first')}"}),
+        (widened, 1, {f"{FUSED} but for 3 of 6 gradients; {BEFORE}{PLAIN.format('last')}"}),
         (term_last, 1, {f"{FUSED} but for 4 of 6 gradients; {BEFORE}{WRITTEN.format('first')}"}),
         (onto_zeros, 1, {f"{BEFORE}the orthogonality term came on top of gradients that were there"}),
     ],
