@@ -121,7 +121,7 @@ def test_P2337_kthvalue_out_of_range() -> None:
         model.peft_config["default"].total_step = 27
     with pytest.raises((RuntimeError, IndexError), match=r"kthvalue\(\): selected number k out of range"):
         train(theirs, 27)
-    with pytest.raises(ValueError, match=r"total_step: expected more than init_warmup \+ final_warmup = 34, got 27"):
+    with pytest.raises(ValueError, match=r"total_step: expected more than tinit \+ tfinal = 34, got 27"):
         train(ours, 1)
 
 
