@@ -172,7 +172,7 @@ def test_siblings(stacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def clipped(model: nn.Module, step: int) -> None:
-    with_term(model, step)
+    one_backward(model, step)
     nn.utils.clip_grad_norm_(model.parameters(), 0.01)
 
 
@@ -216,7 +216,7 @@ def strided(model: Network, step: int) -> None:
     """A parameter that lies otherwise, which the last stage would misread."""
     if step == 0:
         model.first.lora_A.data = model.first.lora_A.data.t().contiguous().t()
-    with_term(model, step)
+    one_backward(model, step)
 
 
 def widened(model: Network, step: int) -> None:
