@@ -1,7 +1,7 @@
 """One warning where a model trains and its rank allocator is never called: that is plain LoRA, slower.
 
-Torch calls a global hook after every optimizer's step. It is registered while something is watched, which ends with the
-allocator's first step or with the warning.
+Torch calls a global hook after every optimizer's step. It is registered with the first that is watched, and stays:
+torch walks over these hooks as they run, so that none may be taken away within a step.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 from adalora_kernels.allocator.triplets import Slot
 
@@ -30,7 +30,6 @@ class _Watched:
 
 
 _watched: WeakKeyDictionary[Any, _Watched] = WeakKeyDictionary()
-_hook: RemovableHandle | None = None
 
 
 def watch(owner: object, slot: Slot, what: str, remedy: str) -> None:
@@ -42,16 +41,13 @@ def watch(owner: object, slot: Slot, what: str, remedy: str) -> None:
         what: what has been done so far.
         remedy: the call that is missing.
     """
-    global _hook
     _watched[owner] = _Watched(slot, what, remedy)
-    if _hook is None:
-        _hook = register_optimizer_step_post_hook(_count)
+    _register()
 
 
 def unwatch(owner: object) -> None:
     """``owner`` needs no allocator any more."""
     _watched.pop(owner, None)
-    _stop_if_idle()
 
 
 def called(slots: Iterable[Slot]) -> None:
@@ -61,14 +57,11 @@ def called(slots: Iterable[Slot]) -> None:
         for owner, entry in list(_watched.items()):
             if id(entry.slot[0]) in registries:
                 del _watched[owner]
-        _stop_if_idle()
 
 
-def _stop_if_idle() -> None:
-    global _hook
-    if _hook is not None and not _watched:
-        _hook.remove()
-        _hook = None
+@cache
+def _register() -> None:
+    register_optimizer_step_post_hook(_count)
 
 
 def _count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -85,7 +78,6 @@ def _count(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 stacklevel=2,
             )
             del _watched[owner]
-    _stop_if_idle()
 
 
 __all__ = ["PATIENCE", "called", "unwatch", "watch"]

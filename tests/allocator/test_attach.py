@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, register_optimizer_step_post_hook
 
 from adalora_kernels import RankAllocator, SVDLinear
 from adalora_kernels.allocator.watch import PATIENCE
@@ -316,14 +317,32 @@ class TestWarning:
                 gc.collect()
             train(model, optimizer, range(2 * PATIENCE))
 
-    def test_torch_is_left_as_it_was(self) -> None:
-        from torch.optim.optimizer import _global_optimizer_post_hooks
-
-        gc.collect()
-        before = len(_global_optimizer_post_hooks)
+    def test_torch_has_one_hook_however_many_are_watched(self) -> None:
         model, allocator = made()
+        before = len(_global_optimizer_post_hooks)
+        made()
         by_hand(model, allocator, range(1))
-        assert len(_global_optimizer_post_hooks) <= before
+        assert len(_global_optimizer_post_hooks) == before
+
+    @pytest.mark.parametrize("how", ("nobody calls", "called there"))
+    def test_beside_global_hooks_of_others(self, how: str) -> None:
+        """Which torch walks over as ours runs, or as theirs calls the allocator."""
+        model, allocator = made()
+        steps: list[int] = []
+
+        def count(*_: Any) -> None:
+            steps.append(len(steps))
+            if how == "called there":
+                allocator.update_and_mask(model, steps[-1])
+
+        handle = register_optimizer_step_post_hook(count)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                train(model, adam(model), range(PATIENCE + 2))
+        finally:
+            handle.remove()
+        assert len(steps) == PATIENCE + 2
 
 
 def test_a_copy_is_attached_to_nothing() -> None:
