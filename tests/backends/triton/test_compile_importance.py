@@ -77,6 +77,7 @@ CASES = {
     "r127-fp16": ((127, 99, 99), FLOAT16, True, True),
 }
 MORE_CASES = {
+    "r1": ((1, 99, 1), FLOAT32, True, True),
     "r16": (EVEN, FLOAT32, False, False),
     "r13-accumulating-bf16": (RAGGED, BFLOAT16, True, False),
     "r16-term-bf16": (EVEN, BFLOAT16, False, True),
