@@ -6,6 +6,7 @@ averages and masks change) it reads from tensors on the device; everything else 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -80,10 +81,19 @@ class CudaGraph:
             with torch.cuda.graph(graph):
                 result = run()
         except RuntimeError as error:
+            _end_a_capture()
             if self._waited is not None:  # it says where, as a failed capture seldom does
                 raise self._waited from error
             raise
         return graph.replay, result
+
+
+def _end_a_capture() -> None:
+    """Capture nothing. After a capture that failed the device's random generator refuses to draw until one ends."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the graph is empty
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            pass
 
 
 class GraphedStep:

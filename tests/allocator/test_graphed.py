@@ -308,6 +308,7 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.mode, self.capturing = "default", False
+        self.drawable = True  # torch's random generator
 
     def current_stream(self) -> FakeCuda.Stream:
         return self.Stream()
@@ -318,9 +319,10 @@ class FakeCuda:
 
     @contextmanager
     def graph(self, graph: object) -> Iterator[None]:
-        self.capturing = True
+        self.capturing, self.drawable = True, False
         try:
             yield
+            self.drawable = True
         finally:
             self.capturing = False
 
@@ -355,3 +357,4 @@ def test_what_waits_is_refused_only_if_the_capture_fails(looks: str, monkeypatch
         assert "not permitted" in str(caught.value.__cause__)
     else:
         assert recorder.record(run)[1] == 1
+    assert cuda.drawable  # in torch only once a capture has ended well
