@@ -101,7 +101,7 @@ def test_orthogonality_refuses() -> None:
     a, b = torch.randn(2, 5), torch.randn(4, 2)
     with pytest.raises(ValueError, match="lora_A, lora_B: expected at least one matrix"):
         orthogonality_loss([], [], 0.1)
-    with pytest.raises(ValueError, match="weight: expected at least 0"):
+    with pytest.raises(ValueError, match="weight: expected a finite number of at least 0"):
         orthogonality_loss([a], [b], -0.1)
     with pytest.raises(ValueError, match=r"lora_A.*expected 2(-d| dimensions)"):
         orthogonality_loss([a[0]], [b], 0.1)
