@@ -13,7 +13,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.gpu.checks import Check
     from benchmarks.gpu.groups import GroupCase
+    from benchmarks.gpu.layers import Case
     from benchmarks.gpu.machine import Machine
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +84,8 @@ def core(machine: Machine, deadline: float) -> int:
     from benchmarks.gpu.timed import measure
 
     print(extension())
-    content: dict[str, Any] = {"environment": machine.environment(), "records": [], "left_out": []}
+    content: dict[str, Any] = {"environment": machine.environment()}
+    content |= {name: [] for name in ("records", "groups", "rows", "left_out")}
     sanitizer = children.under_the_sanitizer(machine, "memcheck", timeout=120)
     public = chain(
         checks.public_call(machine), groups.checks(machine), fused.checks(machine), graphed.whole_steps(machine)
@@ -98,32 +101,39 @@ def core(machine: Machine, deadline: float) -> int:
     content["host"] = host.measure(machine)
     shapes, tokens = (DRY_SHAPES, DRY_TOKENS) if machine.dry else (SHAPES, CORE_TOKENS)
     cases = [Case(k, n, m, RANK, adapter) for m in tokens for adapter in ADAPTERS for k, n in shapes]
+    path = machine.results / f"{machine.name}.json"
     for case in cases:
-        if time.monotonic() > deadline:
-            content["left_out"].append(case.record())
-            print(f"left out, for want of time: {case}")
-            continue
         compiled = (case.M, case.adapter) == (tokens[0], "bfloat16") and (machine.dry or (case.K, case.N) in COMPILED)
-        content["records"] += measure(case, machine, compiled)
-        print("\n".join(shown(record) for record in content["records"][-2:]), flush=True)
-    content["groups"] = []
+        add(content, "records", case, partial(measure, case, machine, compiled), deadline)
+        records.write(path, content)  # a run that is cut off keeps what it has
     for group in group_cases(machine, tokens[:1]):
-        if time.monotonic() > deadline:
-            content["left_out"].append(group.record())
-            print(f"left out, for want of time: {group}")
-            continue
-        content["groups"] += groups.measure(group, machine)
-        print("\n".join(shown(record) for record in content["groups"][-2:]), flush=True)
+        add(content, "groups", group, partial(groups.measure, group, machine), deadline)
     found = list(rows(content["records"])) + list(group_rows(content["groups"]))
     found.append(Row("host time of an eager layer: ours / PEFT LoRA", content["host"]["ours_over_lora"], 1))
     content["rows"] = [row.record() for row in found]
-    path = machine.results / f"{machine.name}.json"
     records.write(path, content)
     print("\n".join(["", *map(str, found), f"{content['checks_held']} checks hold; written to {path}"]))
     if machine.dry:
         print("A dry run: no figure above means anything.")
         return 0
     return 0 if all(row.holds for row in found) and not content["left_out"] else 1
+
+
+def add(
+    content: dict[str, Any], name: str, case: Case | GroupCase, measure: Callable[[], list[Any]], deadline: float
+) -> None:
+    """Time a case and keep its records, or why it has none: the others are not to be lost for it."""
+    why = "for want of time"
+    if time.monotonic() <= deadline:
+        try:
+            content[name] += measure()
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"[:2000]
+        else:
+            print("\n".join(shown(record) for record in content[name][-2:]), flush=True)
+            return
+    content["left_out"].append(case.record() | {"why": why})
+    print(f"left out, {why}: {case}", flush=True)
 
 
 def group_cases(machine: Machine, tokens: Iterable[int]) -> list[GroupCase]:

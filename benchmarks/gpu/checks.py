@@ -190,6 +190,8 @@ def judged(name: str) -> Iterator[list[Check]]:
         yield outcome
     except AssertionError as error:
         outcome.append(Check(name, "FAILED", str(error)))
+    except Exception as error:  # a launch that fails is reported too, and the next check made
+        outcome.append(Check(name, "FAILED", f"{type(error).__name__}: {error}"))
     else:
         outcome.append(Check(name, "holds"))
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu import __main__ as harness_main
 from benchmarks.gpu import checks, graphed, layers, rows
 from benchmarks.gpu.layers import Case
 from benchmarks.gpu.machine import Machine
@@ -165,6 +167,23 @@ def test_contestants_must_agree(tmp_path: Path) -> None:
     calls[layers.ADDMM] = lambda layer: right(layer) * 1.1
     with pytest.raises(AssertionError, match="addmm_: y differs from PEFT's by"):
         layers.check_equal(calls, layer)
+
+
+def test_a_case_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    content: dict[str, Any] = {"records": [], "left_out": []}
+    case = Case(32, 48, 24, 16, "float32")
+
+    def fails() -> list[Any]:
+        raise AssertionError("ours: y differs from PEFT's")
+
+    harness_main.add(content, "records", case, fails, time.monotonic() + 60)
+    harness_main.add(content, "records", case, lambda: [{"benchmark": "layer"}], time.monotonic() + 60)
+    harness_main.add(content, "records", case, fails, time.monotonic() - 1)
+    assert content["records"] == [{"benchmark": "layer"}]
+    assert [left["why"] for left in content["left_out"]] == [
+        "AssertionError: ours: y differs from PEFT's", "for want of time"
+    ]  # fmt: skip
+    assert "left out, AssertionError" in capsys.readouterr().out
 
 
 def test_a_wrong_plan_fails_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
