@@ -171,6 +171,7 @@ def questions(machine: Machine, deadline: float) -> int:
     siblings = (record for case in group_cases(machine, tokens) for record in groups.measure(case, machine))
     for record in chain(asked(machine, shapes, tokens), siblings):
         content["records"].append(record)
+        records.write(path, content | {"complete": False})  # a run that is cut off keeps what it has
         print(shown(record), flush=True)
         if time.monotonic() > deadline:
             content["complete"] = False
@@ -216,13 +217,19 @@ def sweep(machine: Machine, part: int, parts: int, deadline: float) -> int:
     cases = [Case(k, n, m, r, adapter) for k, n in shapes for m in tokens for r in ranks for adapter in ADAPTERS]
     held = records.Sweep(machine.results / f"{machine.name}-sweep.json", machine.environment())
     left = [case for case in cases[part - 1 :: parts] if not held.holds(case.record())]
+    failed = 0
     while left and time.monotonic() < deadline:
         case = left.pop(0)
-        held.put(case.record(), measure(case, machine))
+        try:
+            held.put(case.record(), measure(case, machine))
+        except Exception as error:
+            failed += 1
+            print(f"{case}: {type(error).__name__}: {error}"[:2000], flush=True)
+            continue
         print("\n".join(shown(record) for record in held.records[-2:]), flush=True)
-    about = f"part {part}/{parts}"
-    print(f"{len(left)} cases of {about} are left: run it again." if left else f"{about} is done.")
-    return 1 if left else 0
+    about, missing = f"part {part}/{parts}", len(left) + failed
+    print(f"{missing} cases of {about} are left: run it again." if missing else f"{about} is done.")
+    return 1 if missing else 0
 
 
 def announced(checks: Iterable[Check]) -> Iterable[Check]:
