@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from typing import Any
 
@@ -12,6 +13,9 @@ from adalora_kernels.integrations.peft import patch_model
 from tests.integrations.small_models import adapter_parameters, batch, build, live_total
 
 STEPS = 20
+
+
+_PEFTS = os.path.join("peft", "tuners", "adalora")
 
 
 def outcomes(kind: str) -> tuple[str | int, str | int]:
@@ -26,7 +30,7 @@ def _outcome(kind: str, patched: bool) -> str | int:
     try:
         globals()[kind](model, patched)
     except (AssertionError, RuntimeError, TypeError) as error:
-        called = [frame.line for frame in traceback.extract_tb(error.__traceback__) if "adalora" in frame.filename]
+        called = [frame.line for frame in traceback.extract_tb(error.__traceback__) if _PEFTS in frame.filename]
         return f"{type(error).__name__}: {error}, in {called[-1] if called else None}"
     return live_total(model)
 

@@ -107,7 +107,7 @@ _ROWS = (
     # the pass over g for v and T at once, and the passes for one of the two
     _Row("g", _HALF, _A, {32: Tile(64, 128, 0, 8, 3)}),
     _Row("g", _HALF, _H, {32: Tile(64, 256, 0, 8, 3)}),
-    _Row("g", _HALF, _B, {32: Tile(128, 128, 0, 8, 3)}),
+    _Row("g", _HALF, _B, {32: Tile(128, 128, 0, 4, 3)}),
     _Row("g", _MIXED, _A, {32: Tile(64, 64, 0, 8, 2)}),
     _Row("g", _MIXED, _HB, {32: Tile(64, 128, 0, 8, 2)}),
     _Row("g", _SINGLE, _ALL, {32: Tile(32, 32, 0, 8, 2)}),
