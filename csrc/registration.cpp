@@ -1,7 +1,7 @@
 // Module adalora_kernels._C: schemas of all native ops, and their CPU implementations.
 #include <torch/csrc/stable/library.h>
 
-#include "common/module.h"
+#include "python/module.h"
 #include "cpu/ops.h"
 
 STABLE_TORCH_LIBRARY(adalora_native, m) {

@@ -2,7 +2,7 @@
 // need of; import adalora_kernels._C first.
 #include <torch/csrc/stable/library.h>
 
-#include "common/module.h"
+#include "python/module.h"
 #include "cuda/ops.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(adalora_native, m) {
