@@ -176,8 +176,9 @@ class AdaLoraAdamW(torch.optim.AdamW):
             raise ValueError("capturable: expected False under a GradScaler, got True")
         turn = allocator.begin(params=params)
         if found_inf is not None and found_inf.item():
-            skipped = torch.zeros(1, dtype=torch.bool, device=allocator.importance.live.device)
-            allocator.note(turn.step, (turn.budget, allocator.finish(turn, skipped)))
+            live = allocator.importance.live
+            taken = live.new_zeros(1) if turn.plan.update else None  # in the final phase no gradient counts
+            allocator.note(turn.step, (turn.budget, allocator.finish(turn, taken)))
             return loss
         grads = [p.grad for p in params]
         if not self._holds_all:

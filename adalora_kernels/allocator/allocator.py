@@ -378,6 +378,8 @@ class RankAllocator(BudgetEngine):
                 "compact(like=state) first"
             )
         self.importance.load_state_dict(state)
+        if self.fused is not None:
+            self.fused.reset("a state was loaded after the backward")
         if self.clock is not None:
             self.clock.follow_state(self.importance)
         self.go_to(state["next_step"], state["global_step"])

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -53,21 +54,36 @@ class _Expected:
     values: Tensor | None
 
 
+class _Backward:
+    """Held by a callback of one backward: alive until that has ended, or failed, also within those that it starts."""
+
+
+class _Taken(NamedTuple):
+    """The orthogonality term of a backward, with its slopes and scale."""
+
+    term: Term
+    slopes: Tensor
+    scale: Tensor
+    backward: ref[_Backward]
+
+
 @dataclass
 class _Step:
     """What the backwards of one optimizer step have left.
 
     Attributes:
         expected: of A, E, B of each layer that was seen; None where it can't be fused.
+        seen_in: the backward in which each layer was last seen.
         because: why something can't be, in the words of ``explain``.
-        term: the orthogonality term of the backward under way, its slopes and scale, and which backward that is.
+        term: that of the backward under way.
         termed: the layers whose gradients hold their share of it.
         wanted: whether this step takes gradients at all; None where not asked yet.
     """
 
     expected: dict[int, tuple[_Expected, ...] | None] = field(default_factory=dict)
+    seen_in: dict[int, int] = field(default_factory=dict)
     because: str = ""
-    term: tuple[Term, Tensor, Tensor, int] | None = None
+    term: _Taken | None = None
     termed: set[int] = field(default_factory=set)
     wanted: bool | None = None
 
@@ -92,7 +108,7 @@ class FusedImportance:
         """Listen to the layers' parameters as they are now."""
         engine = self._engine
         params = [t.parameters for t in engine.triplets]
-        self._params = params
+        self._params, self._state = params, engine.importance
         self._layers = {id(A): i for i, (A, _, _) in enumerate(params)}
         self._way = way_of(engine)
         shapes = engine.importance.layout.shapes
@@ -156,7 +172,7 @@ class FusedImportance:
             if planned is None and not step.because and lora_A.numel() > 0 and self._wanted():
                 name = self._engine.triplets[layer].name
                 step.because = f"the backward of {name} did not come to a last stage that takes importance"
-        step.expected[layer] = None
+        step.expected[layer], step.seen_in[layer] = None, _current_backward()
         if planned is None or not (self._way.piecewise or all(map(_fits, grads, params))):
             return
         values = self._way.take(layer, params, grads, planned)
@@ -172,19 +188,25 @@ class FusedImportance:
     def _plan(self, layer: int) -> Planned | None:
         """How the layer whose backward is under way can be taken; None where it can't."""
         step, params = self._step, self._params[layer]
+        if self._engine.importance is not self._state:  # of parameters that were moved, or have other shapes
+            return None
         share = None
-        if step.term is not None and step.term[3] != _current_backward():
+        if step.term is not None and step.term.backward() is None:
             step.term = None  # of a backward that failed
         if step.term is not None and layer not in step.termed:
-            _, slopes, scale, _ = step.term
-            share = OrthogonalityShare(slopes, *self._slopes_at[layer], scale)
+            share = OrthogonalityShare(step.term.slopes, *self._slopes_at[layer], step.term.scale)
         before = [p.grad for p in params]
         if layer in step.expected:
             expected = step.expected[layer]
             if expected is None:
                 return None
             if not all(map(_arrived, params, expected)):
-                step.because = f"{self._engine.triplets[layer].name} ran twice in one backward"
+                name = self._engine.triplets[layer].name
+                step.because = (
+                    f"{name} ran twice in one backward"
+                    if step.seen_in[layer] == _current_backward()
+                    else f"the gradient of {name} was cleared or written to between two backwards"
+                )
                 return None
         if not self._wanted():
             return None
@@ -199,23 +221,23 @@ class FusedImportance:
 
     def take_term(self, term: Term, slopes: Tensor, scale: Tensor) -> bool:
         """As ``ops.importance.Sink`` says: the layers' backwards, which come after, add it to their gradients."""
-        step, backward = self._step, _current_backward()
+        step, backward = self._step, _Backward()
         if len(term.lora_A) != len(self._params) or len(term.lora_B) != len(self._params):
             return False
         mine = [A is p[0] and B is p[2] for A, B, p in zip(term.lora_A, term.lora_B, self._params, strict=True)]
-        another = step.term is not None and step.term[3] == backward
+        another = step.term is not None and step.term.backward() is not None
         if not all(mine) or another or step.expected or not self._wanted():
             return False
-        step.term = (term, slopes, scale, backward)
+        step.term = _Taken(term, slopes, scale, ref(backward))
         step.termed.clear()
         when_backward_ends(lambda: self._end_term(backward))
         return True
 
     @torch.no_grad()
-    def _end_term(self, backward: int) -> None:
+    def _end_term(self, backward: _Backward) -> None:
         """Give the layers that this backward left out, or could not fuse, their share of the term."""
         step = self._step
-        if step.term is None or step.term[3] != backward:
+        if step.term is None or step.term.backward() is not backward:
             return
         (term, slopes, scale, _), step.term = step.term, None
         rest = [i for i in range(len(self._params)) if i not in step.termed]
@@ -237,10 +259,11 @@ class FusedImportance:
             bool [1], whether all was finite, as ``ops.importance_update`` would; None where the launch must do it.
         """
         step, self._step = self._step, _Step()
-        if any(p is not q for p, q in zip(params[::3], (own[0] for own in self._params), strict=True)):
+        replaced = any(p is not q for p, q in zip(params[::3], (own[0] for own in self._params), strict=True))
+        if replaced or self._engine.importance is not self._state:
             self.stop()
             self._follow()
-            self._note("launched before the step: parameters were replaced")
+            self._note("launched before the step: parameters were replaced or moved")
             return None
         known: list[bool] = []
         reasons: dict[int, str] = {}

@@ -225,6 +225,23 @@ def test_a_parameter_without_dimensions_beside_the_adapters() -> None:
     assert model.scale.item() != 2.0 and allocator.next_step == 1
 
 
+@pytest.mark.parametrize("variant", ["original", "peft", "paper"])
+def test_an_overflow_in_the_final_phase_leaves_no_triplet_above_the_budget(variant: str) -> None:
+    """No gradient counts there, and peft makes its last pattern at the one step T - t_f."""
+    model = Network(torch.float32)
+    allocator = RankAllocator(model, **{**SETTINGS, "variant": variant, "mask_interval": 50})
+    optimizer = AdaLoraAdamW(groups(model), allocator=allocator)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(30):
+        backward(model, step, torch.float32, torch.inf if step in (28, 29) else scaler.get_scale())
+        scaler.scale(torch.ones(()))
+        scaler.step(optimizer)
+        scaler.update()
+    budget, _ = allocator.update_and_mask(model, 29)
+    assert budget == 4 and sum(allocator.live_ranks().values()) == 4
+    assert sum(int(t.lora_E.count_nonzero()) for t in allocator.triplets) == 4
+
+
 def test_refuses() -> None:
     model = Network(torch.float32)
     allocator = RankAllocator(model, **SETTINGS)

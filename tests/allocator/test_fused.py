@@ -134,6 +134,13 @@ def scaled(model: nn.Module, step: int) -> None:
             p.grad.div_(8)
 
 
+def cleared(model: nn.Module, step: int) -> None:
+    """A micro-batch that is thrown away."""
+    without_term(model, step + 50)
+    model.zero_grad()
+    without_term(model, step)
+
+
 def changed(model: nn.Module, step: int) -> None:
     """The parameter, not its gradient."""
     one_backward(model, step)
@@ -149,6 +156,7 @@ def changed(model: nn.Module, step: int) -> None:
         (clipped, 1, "the gradient of first was written to after its backward"),
         (hooked, 1, "the gradient of second was written to after its backward"),
         (scaled, 1, "the gradient of first was written to after its backward"),
+        (cleared, 1, "the gradient of first was cleared or written to between two backwards"),
         (changed, 1, "a parameter of first was written to after its backward"),
     ],
 )
@@ -226,6 +234,24 @@ def test_beside_checkpointing() -> None:
     assert outcomes == {FUSED}
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_term_reaches_layers_whose_backward_runs_within_another(micro_batches: int) -> None:
+    """Reentrant checkpointing starts a backward within the backward that has the term."""
+    gradients = []
+    for fuse in (False, True):
+        model = Network()
+        if fuse:
+            allocator = RankAllocator(model, **SETTINGS)
+            allocator.fuse_backward()
+        for i in range(micro_batches):
+            x = torch.randn(4, 24, generator=torch.Generator().manual_seed(i), requires_grad=True)
+            y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True)
+            (y.square().mean() + compute_orth_regu(model, 0.1, squared=True, accumulate=True)).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_siblings_beside_checkpointing() -> None:
     """Layers of one node, whose saved parameters are aliases then."""
     torch.manual_seed(0)
@@ -242,6 +268,26 @@ def test_siblings_beside_checkpointing() -> None:
     torch.utils.checkpoint.checkpoint(forward, torch.randn(4, 24), use_reentrant=False).backward()
     optimizer.step()
     assert explain(allocator)[0].reason.endswith(FUSED)
+
+
+def test_a_state_loaded_between_backward_and_step() -> None:
+    """What the backward has left belongs to the averages of before."""
+    scores = []
+    for fuse in (False, True):
+        model = Network()
+        allocator = RankAllocator(model, **SETTINGS)
+        if fuse:
+            allocator.fuse_backward()
+        allocator.attach(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+        saved = allocator.state_dict()
+        for step in range(3):
+            model.zero_grad()
+            without_term(model, step)
+            if step == 2:
+                allocator.load_state_dict(saved)
+            allocator._attachment.optimizer.step()
+        scores.append(allocator.importance.scores)
+    assert torch.equal(*scores)
 
 
 def test_a_backward_that_failed_leaves_nothing_behind() -> None:
