@@ -1,8 +1,7 @@
-// Module adalora_kernels._C_cuda: CUDA implementations of ops that adalora_kernels._C declares, and ops that the CPU has no
-// need of; import adalora_kernels._C first.
+// What importing adalora_kernels._C_cuda registers: CUDA implementations of ops that adalora_kernels._C declares, and ops
+// that the CPU has no need of; import adalora_kernels._C first.
 #include <torch/csrc/stable/library.h>
 
-#include "python/module.h"
 #include "cuda/ops.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(adalora_native, m) {
@@ -26,5 +25,3 @@ STABLE_TORCH_LIBRARY_IMPL(adalora_native, CUDA, m) {
   m.impl("mask_by_selection", TORCH_BOX(&adalora::cuda::mask_by_selection));
   m.impl("zero_pruned", TORCH_BOX(&adalora::cuda::zero_pruned));
 }
-
-ADALORA_MODULE(_C_cuda)

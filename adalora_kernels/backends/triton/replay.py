@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from adalora_kernels.backends.triton import launch, measured, tickets
+from adalora_kernels.backends.triton.places import Places, UnknownOriginError, holds
+from adalora_kernels.backends.triton.relaunch import Known, Relaunch, relauncher
 
 _MOST = 4096  # layouts that are known at a time
-_ALIGNMENT = 256  # bytes, of what shares a buffer; the caching allocator's is 512
 _aten = torch.ops.aten
 _ALLOCATIONS = {
     _aten.empty.memory_format,
@@ -39,32 +39,6 @@ _VIEWS = {
 }
 
 Result = tuple[Tensor | None, ...]
-
-
-class _Address:
-    """A tensor descriptor's arguments for the compiled kernel's launcher: of ``like``, without its tensor.
-
-    What is known of a call outlives it, and must not keep what it was given or made, graph and all.
-    """
-
-    __slots__ = ("address", "block_shape", "padding", "shape", "strides")
-    shape: Sequence[int]
-    strides: Sequence[int]
-    block_shape: Sequence[int]
-    padding: str
-
-    def __init__(self, like: TensorDescriptor | _Address, address: int) -> None:
-        self.address = address
-        self.shape, self.strides, self.block_shape = like.shape, like.strides, like.block_shape
-        self.padding = like.padding
-
-    @property
-    def base(self) -> _Address:
-        """What has the address: not an attribute, or each would be a cycle."""
-        return self
-
-    def data_ptr(self) -> int:
-        return self.address
 
 
 class _Watch(TorchDispatchMode):
@@ -93,32 +67,21 @@ class _Watch(TorchDispatchMode):
         return not unknown and all(launched.kept is not None for launched in self.launches)
 
 
-class _Result(NamedTuple):
-    """A result in the ``number``-th tensor that is made: the whole of it, or a view (sizes, strides, offset)."""
-
-    number: int
-    view: tuple[Sequence[int], Sequence[int], int] | None
-
-
 class _Replay(NamedTuple):
     """A call whose launches are known.
 
     Attributes:
-        made: the likes of each tensor that results lie in, without its memory.
-        results: where each lies; the number of the argument that it is; or None.
-        scratch: likewise of the buffer for everything else that is made; None where there is nothing.
+        made: the likes of each tensor that results lie in, without its memory, and of the buffer for everything else
+            that is made, where there is something.
         workspace: ``row_blocks`` of the largest, which all launches share, one after the other; None without.
-        launches: compiled kernels with their grids.
-        arguments: from the addresses of what is given, of what is made, of the scratch and of the workspace to the
-            launches' arguments.
+        launch: from the stream and the addresses of what is given, of what is made and of the workspace.
+        results: from what is made and what is given.
     """
 
     made: tuple[Tensor, ...]
-    results: tuple[_Result | int | None, ...]
-    scratch: Tensor | None
     workspace: int | None
-    launches: tuple[tuple[launch.Kept, tuple[int, int, int]], ...]
-    arguments: Callable[[Sequence[int], Sequence[int], int, int], tuple[tuple[Any, ...], ...]]
+    launch: Relaunch
+    results: Callable[[Sequence[Tensor], Sequence[Tensor | None]], Result]
 
 
 _known: dict[Hashable, _Replay | None] = {}
@@ -146,30 +109,10 @@ def replayed(
     active = driver.active
     if measured.on_trial() or device != active.get_current_device() or launch.hooked():
         return make(*args)
-    where = first.device
     made = [_new(like) for like in replay.made]
-    scratch = None if replay.scratch is None else _new(replay.scratch)
-    workspace = None if replay.workspace is None else tickets.workspace(where, replay.workspace)  # held until launched
-    arguments = replay.arguments(
-        addresses,
-        [t.data_ptr() for t in made],
-        0 if scratch is None else scratch.data_ptr(),
-        0 if workspace is None else workspace.data_ptr(),
-    )
-    stream = active.get_current_stream(device)
-    for (kept, (x, y, z)), own in zip(replay.launches, arguments, strict=True):
-        kept.run(x, y, z, stream, kept.function, kept.metadata, None, None, None, *own)
-    return tuple(_result(result, made, tensors) for result in replay.results)
-
-
-def _result(result: _Result | int | None, made: Sequence[Tensor], given: Sequence[Tensor | None]) -> Tensor | None:
-    if result is None:
-        return None
-    if isinstance(result, int):
-        torch.autograd.graph.increment_version(given[result])  # type: ignore[arg-type]
-        return given[result]
-    whole = made[result.number]
-    return whole if result.view is None else whole.as_strided(*result.view)
+    held = made if replay.workspace is None else [*made, tickets.workspace(first.device, replay.workspace)]
+    replay.launch(active.get_current_stream(device), *addresses, *[t.data_ptr() for t in held])
+    return replay.results(made, tensors)
 
 
 @cache
@@ -205,40 +148,58 @@ def _watched(
 
 def _replay_of(watch: _Watch, tensors: tuple[Tensor | None, ...], results: Result) -> _Replay | None:
     """What a watched call comes to; None where an argument of a launch, or a result, is of unknown origin."""
-    found: list[_Result | int | None] = []
-    fresh: list[Tensor] = []
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    for result in results:
-        if result is None:
-            found.append(None)
-        elif (home := next((t for t in watch.made if _holds(t, result.data_ptr())), None)) is not None:
-            if all(home is not t for t in fresh):
-                fresh.append(home)
-            number = next(i for i, t in enumerate(fresh) if t is home)
-            whole = result.is_contiguous() and (result.shape, result.dtype) == (home.shape, home.dtype)
-            if not whole and result.dtype != home.dtype:
-                return None
-            offset = (result.data_ptr() - home.data_ptr()) // home.itemsize
-            found.append(_Result(number, None if whole else (result.shape, result.stride(), offset)))
-        elif result.data_ptr() in addresses:
-            found.append(addresses.index(result.data_ptr()))
-        else:
-            return None
-    places = _Places(tensors, fresh, [t for t in watch.made if all(t is not own for own in fresh)], watch)
-    rows, launches = [], []
-    for kept, grid, args in watch.launches:
-        terms = [places.term(value) for value in (*args, *(kept.constants if kept else ()))]
-        if kept is None or None in terms:
-            return None
-        rows.append(f"({', '.join(map(str, terms))},),")
-        x, y, z = (*grid, 1, 1)[:3]
-        launches.append((kept, (x, y, z)))
-    arguments = eval(f"lambda a, r, s, w: ({' '.join(rows)})", {"Address": _Address, **places.constants})
-    workspace = max((row_blocks for _, row_blocks in watch.workspaces), default=None)
-    made = tuple(_like(t.shape, t) for t in fresh)
+    homes: list[Tensor] = []  # of results
+    try:
+        written = "".join(f"{_source(result, tensors, homes, watch.made)}, " for result in results)
+        others = [t for t in watch.made if all(t is not home for home in homes)]
+        places = Places(tensors, homes, others, [buffer for buffer, _ in watch.workspaces])
+        launches = []
+        for kept, grid, args in watch.launches:
+            assert kept is not None  # or it wouldn't be replayable
+            x, y, z = (*grid, 1, 1)[:3]
+            launches.append(Known(kept, (x, y, z), tuple(map(places.term, (*args, *kept.constants)))))
+    except UnknownOriginError:
+        return None
     given = next(t for t in tensors if t is not None)
-    scratch = _like([places.scratch], given, torch.uint8) if places.scratch else None
-    return _Replay(made, tuple(found), scratch, workspace, tuple(launches), arguments)
+    made = [_like(t.shape, t) for t in homes]
+    if places.scratch:
+        made.append(_like([places.scratch], given, torch.uint8))
+    # What the scratch will hold lies apart now: whose address stands for it is of no account.
+    now = [*tensors, *homes, *(others[:1] if places.scratch else ()), *(buffer for buffer, _ in watch.workspaces[:1])]
+    addresses = [0 if t is None else t.data_ptr() for t in now]
+    return _Replay(
+        tuple(made),
+        max((row_blocks for _, row_blocks in watch.workspaces), default=None),
+        relauncher(given.get_device(), launches, addresses),
+        eval(f"lambda made, given: ({written})", {"added_to": _added_to}),
+    )
+
+
+def _source(result: Tensor | None, given: Sequence[Tensor | None], homes: list[Tensor], made: Sequence[Tensor]) -> str:
+    """A result of what is made or given; what it lies in is put to ``homes``."""
+    if result is None:
+        return "None"
+    address = result.data_ptr()
+    home = next((t for t in made if holds(t, address)), None)
+    if home is None:
+        number = next((i for i, t in enumerate(given) if t is not None and t.data_ptr() == address), None)
+        if number is None:
+            raise UnknownOriginError
+        return f"added_to(given[{number}])"
+    if all(t is not home for t in homes):
+        homes.append(home)
+    name = f"made[{next(i for i, t in enumerate(homes) if t is home)}]"
+    if result.is_contiguous() and (result.shape, result.dtype) == (home.shape, home.dtype):
+        return name
+    if result.dtype != home.dtype:
+        raise UnknownOriginError
+    offset = (address - home.data_ptr()) // home.itemsize
+    return f"{name}.as_strided({tuple(result.shape)}, {result.stride()}, {offset})"
+
+
+def _added_to(tensor: Tensor) -> Tensor:
+    torch.autograd.graph.increment_version(tensor)
+    return tensor
 
 
 def _like(shape: Sequence[int], tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -249,54 +210,6 @@ def _like(shape: Sequence[int], tensor: Tensor, dtype: torch.dtype | None = None
 def _new(like: Tensor) -> Tensor:
     """Contiguous; by a third of the host time that ``torch.empty`` takes with shape, dtype and device."""
     return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
-def _holds(tensor: Tensor, address: int) -> bool:
-    """Whether an address lies in a tensor's memory; nothing but its own begins at that of an empty one."""
-    return 0 <= address - tensor.data_ptr() < max(1, tensor.untyped_storage().nbytes())
-
-
-class _Places:
-    """The arguments of launches as source: of ``a`` given addresses, ``r`` of results, ``s`` of the scratch, ``w`` of
-    the workspace, and constants.
-
-    Attributes:
-        scratch: bytes that the scratch needs.
-        constants: by their names.
-    """
-
-    def __init__(
-        self, given: Sequence[Tensor | None], results: Sequence[Tensor], others: Sequence[Tensor], watch: _Watch
-    ) -> None:
-        self.scratch = 0
-        self.constants: dict[str, Any] = {}
-        self._exact = {t.data_ptr(): f"a[{i}]" for i, t in enumerate(given) if t is not None}
-        self._exact |= {buffer.data_ptr(): "w" for buffer, _ in watch.workspaces}
-        self._made = [(t, f"r[{i}]") for i, t in enumerate(results)]
-        for t in others:
-            self._made.append((t, f"s + {self.scratch}"))
-            self.scratch += -(-t.untyped_storage().nbytes() // _ALIGNMENT) * _ALIGNMENT
-
-    def _place(self, address: int) -> str | None:
-        if address == 0:
-            return "0"
-        for t, name in self._made:
-            if _holds(t, address):
-                offset = address - t.data_ptr()
-                return f"{name} + {offset}" if offset else name
-        return self._exact.get(address)
-
-    def term(self, value: Any) -> str | None:
-        """The source of an argument; None where it is a tensor of unknown origin."""
-        if isinstance(value, Tensor):
-            return self._place(value.data_ptr())
-        name = f"c{len(self.constants)}"
-        if isinstance(value, TensorDescriptor):
-            self.constants[name] = _Address(value, 0)
-            place = self._place(value.base.data_ptr())
-            return None if place is None else f"Address({name}, {place})"
-        self.constants[name] = value
-        return name
 
 
 __all__ = ["replayed"]

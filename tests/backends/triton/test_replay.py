@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import weakref
@@ -19,6 +20,8 @@ from triton import knobs  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from adalora_kernels.backends.triton import group, launch, measured, plans, replay, tickets, tiles  # noqa: E402
+from adalora_kernels.backends.triton.places import Descriptor, Places  # noqa: E402
+from adalora_kernels.backends.triton.relaunch import InPython  # noqa: E402
 from adalora_kernels.backends.triton.replay import replayed  # noqa: E402
 from adalora_kernels.reference.handover import PROBES, LayerImportance, slots_of  # noqa: E402
 from adalora_kernels.reference.importance import OrthogonalityShare, TripletLayout  # noqa: E402
@@ -52,9 +55,10 @@ def launches_of_replays() -> Iterator[list[tuple[Any, ...]]]:
 
     before = dict(replay._known)
     for key, known in before.items():
-        assert known is not None
-        launches = tuple((noting(kept), grid) for kept, grid in known.launches)
-        replay._known[key] = known._replace(launches=launches)
+        assert known is not None and isinstance(known.launch, InPython)
+        launch_again = copy.copy(known.launch)
+        launch_again.launches = tuple((noting(kept), grid) for kept, grid in known.launch.launches)
+        replay._known[key] = known._replace(launch=launch_again)
     yield found
     replay._known.update(before)
 
@@ -121,7 +125,7 @@ class Labels:
         self._names |= {b.data_ptr(): "workspace" for b in tickets._buffers.values()}
 
     def of(self, value: Any) -> Any:
-        if isinstance(value, TensorDescriptor | replay._Address):
+        if isinstance(value, TensorDescriptor | Descriptor):
             return self._named(value.base.data_ptr()), list(value.shape), list(value.strides), list(value.block_shape)
         if isinstance(value, Tensor):
             return self._named(value.data_ptr())
@@ -238,14 +242,15 @@ def test_what_shares_memory_stays_apart(stub: StubDriver) -> None:
     with replay._Watch() as watch, launch.noted(watch.launches), tickets.noted(watch.workspaces):
         results = launcher(*args)
     found = replay._replay_of(watch, tensors, results)
-    assert found is not None and found.scratch is not None
+    assert found is not None
+    scratch = found.made[-1]
     own = {t.data_ptr() for t in results if t is not None}
     sizes = [t.untyped_storage().nbytes() for t in watch.made if t.data_ptr() not in own]
-    places = replay._Places(tensors, [], [t for t in watch.made if t.data_ptr() not in own], watch)
-    starts = [int(name.removeprefix("s + ")) for _, name in places._made]
+    places = Places(tensors, [], [t for t in watch.made if t.data_ptr() not in own], [])
+    starts = [pointer.beyond for _, pointer in places._made]
     assert len(starts) > 2 and all(start % 256 == 0 for start in starts)
     ends = [start + size for start, size in zip(starts, sizes, strict=True)]
-    assert all(end <= start for end, start in zip(ends, [*starts[1:], found.scratch.numel()], strict=True))
+    assert all(end <= start for end, start in zip(ends, [*starts[1:], scratch.numel()], strict=True))
 
 
 def test_arguments_of_one_address_are_not_remembered(stub: StubDriver) -> None:
@@ -274,11 +279,11 @@ def test_a_known_call_holds_no_tensor(stub: StubDriver, direction: str, name: st
             assert not [ref for ref in alive if ref() is not None]
     finally:
         gc.enable()
-    assert any(isinstance(value, replay._Address) for known in replay._known.values() for value in _constants(known))
+    assert any(isinstance(value, Descriptor) for known in replay._known.values() for value in _constants(known))
 
 
 def _constants(known: Any) -> list[Any]:
-    return [value for kind, value in known.arguments.__globals__.items() if kind.startswith("c")]
+    return [value for kind, value in known.launch._arguments.__globals__.items() if kind.startswith("c")]
 
 
 def test_tiles_on_trial_and_hooks_are_heeded(stub: StubDriver) -> None:

@@ -1,0 +1,222 @@
+// Module adalora_kernels._C_cuda. Its methods replay the launches of Triton's kernels; what they get comes from
+// backends/triton/parameters.py.
+#include "python/module.h"
+
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "cuda/replay.h"
+
+extern "C" {
+
+struct _ts;
+extern PyObject _Py_NoneStruct;
+extern PyObject *PyExc_RuntimeError, *PyExc_TypeError, *PyExc_ValueError;
+
+PyObject* PyBytes_FromStringAndSize(const char* bytes, Py_ssize_t size);
+int PyBytes_AsStringAndSize(PyObject* object, char** bytes, Py_ssize_t* size);
+void* PyCapsule_GetPointer(PyObject* capsule, const char* name);
+PyObject* PyCapsule_New(void* pointer, const char* name, void (*destructor)(PyObject*));
+PyObject* PyErr_Format(PyObject* type, const char* format, ...);
+PyObject* PyErr_NoMemory();
+PyObject* PyErr_Occurred();
+void PyEval_RestoreThread(_ts* state);
+_ts* PyEval_SaveThread();
+long long PyLong_AsLongLong(PyObject* object);
+unsigned long long PyLong_AsUnsignedLongLong(PyObject* object);
+PyObject* PyTuple_GetItem(PyObject* tuple, Py_ssize_t place);
+Py_ssize_t PyTuple_Size(PyObject* tuple);
+const char* PyUnicode_AsUTF8AndSize(PyObject* object, Py_ssize_t* size);
+void Py_DecRef(PyObject* object);
+void Py_IncRef(PyObject* object);
+
+}  // extern "C"
+
+namespace adalora::cuda {
+
+namespace {
+
+constexpr char kName[] = "adalora_kernels.Replay";
+
+struct Raised {};  // an exception of Python's is set
+
+[[noreturn]] void raise(PyObject* type, const char* message) {
+  PyErr_Format(type, "%s", message);
+  throw Raised{};
+}
+
+PyObject* item(PyObject* tuple, Py_ssize_t place) {
+  PyObject* found = PyTuple_GetItem(tuple, place);
+  if (found == nullptr) throw Raised{};
+  return found;
+}
+
+Py_ssize_t size(PyObject* tuple) {
+  const Py_ssize_t found = PyTuple_Size(tuple);
+  if (found < 0) {  // SystemError is what it raises where there is no tuple
+    raise(PyExc_TypeError, "expected a tuple");
+  }
+  return found;
+}
+
+template <typename Integer>
+Integer integer(PyObject* object) {
+  const long long value = PyLong_AsLongLong(object);
+  if (value == -1 && PyErr_Occurred() != nullptr) throw Raised{};
+  if (static_cast<long long>(static_cast<Integer>(value)) != value) raise(PyExc_ValueError, "an integer is too large");
+  return static_cast<Integer>(value);
+}
+
+uint64_t address(PyObject* object) {
+  const unsigned long long value = PyLong_AsUnsignedLongLong(object);
+  if (value == ~0ULL && PyErr_Occurred() != nullptr) throw Raised{};
+  return value;
+}
+
+std::vector<std::byte> bytes(PyObject* object) {
+  char* data = nullptr;
+  Py_ssize_t count = 0;
+  if (PyBytes_AsStringAndSize(object, &data, &count) < 0) throw Raised{};
+  const auto* first = reinterpret_cast<const std::byte*>(data);
+  return {first, first + count};
+}
+
+const Driver& loaded_driver() {
+  const Driver* found = driver();
+  if (found == nullptr) raise(PyExc_RuntimeError, "libcuda.so.1 can't be loaded, or is from before CUDA 12");
+  return *found;
+}
+
+void check(const Driver& driver, CUresult code, const char* what) {
+  if (code == CUDA_SUCCESS) return;
+  const char* text = nullptr;
+  if (driver.error_string(code, &text) != CUDA_SUCCESS || text == nullptr) text = "unknown error";
+  PyErr_Format(PyExc_RuntimeError, "%s: CUDA: %s", what, text);
+  throw Raised{};
+}
+
+// (kernel, function, (x, y, z), threads, shared bytes, dependent, parameters, offsets, places)
+Launch launch_of(PyObject* given) {
+  Launch launch{};
+  const char* kernel = PyUnicode_AsUTF8AndSize(item(given, 0), nullptr);
+  if (kernel == nullptr) throw Raised{};
+  launch.kernel = kernel;
+  launch.function = reinterpret_cast<CUfunction>(address(item(given, 1)));
+  for (int i = 0; i < 3; ++i) launch.grid[i] = integer<unsigned>(item(item(given, 2), i));
+  launch.threads = integer<unsigned>(item(given, 3));
+  launch.shared_bytes = integer<unsigned>(item(given, 4));
+  launch.dependent = integer<bool>(item(given, 5));
+  launch.parameters = bytes(item(given, 6));
+  PyObject *offsets = item(given, 7), *places = item(given, 8);
+  for (Py_ssize_t i = 0; i < size(offsets); ++i) launch.offsets.push_back(integer<uint32_t>(item(offsets, i)));
+  for (Py_ssize_t i = 0; i < size(places); ++i) {
+    PyObject* place = item(places, i);
+    launch.places.push_back({integer<uint32_t>(item(place, 0)), integer<uint32_t>(item(place, 1)),
+                             integer<int64_t>(item(place, 2)), integer<bool>(item(place, 3))});
+  }
+  return launch;
+}
+
+// A replay, and the kernels that it launches: their code must not go before it does.
+struct Held {
+  Replay replay;
+  PyObject* kernels;
+};
+
+void release(PyObject* capsule) {
+  auto* held = static_cast<Held*>(PyCapsule_GetPointer(capsule, kName));
+  Py_DecRef(held->kernels);
+  delete held;
+}
+
+const Replay& replay_of(PyObject* capsule) {
+  const auto* held = static_cast<Held*>(PyCapsule_GetPointer(capsule, kName));
+  if (held == nullptr) {
+    raise(PyExc_TypeError, "replay: expected what make_replay made");
+  }
+  return held->replay;
+}
+
+// An exception of C++ must not pass through Python.
+template <typename Body>
+PyObject* guarded(Body body) {
+  try {
+    return body();
+  } catch (const Raised&) {
+    return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  }
+}
+
+void check_count(Py_ssize_t count, Py_ssize_t expected, const char* method) {
+  if (count == expected) return;
+  PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, got %zd", method, expected, count);
+  throw Raised{};
+}
+
+PyObject* make_replay(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    check_count(count, 4, "make_replay");
+    loaded_driver();
+    auto held = std::make_unique<Held>();
+    held->replay.device = integer<int>(arguments[0]);
+    held->replay.addresses = integer<uint32_t>(arguments[1]);
+    for (Py_ssize_t i = 0; i < size(arguments[2]); ++i) {
+      held->replay.launches.push_back(launch_of(item(arguments[2], i)));
+      const Launch& launch = held->replay.launches.back();
+      if (!consistent(launch, held->replay.addresses)) {
+        PyErr_Format(PyExc_ValueError, "%s: parameters out of bounds", launch.kernel.c_str());
+        throw Raised{};
+      }
+    }
+    held->kernels = arguments[3];
+    PyObject* capsule = PyCapsule_New(held.get(), kName, release);
+    if (capsule != nullptr) Py_IncRef(held.release()->kernels);
+    return capsule;
+  });
+}
+
+PyObject* replay(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    if (count < 2) check_count(count, 2, "replay");
+    const Replay& known = replay_of(arguments[0]);
+    check_count(count, 2 + static_cast<Py_ssize_t>(known.addresses), "replay");
+    const auto stream = reinterpret_cast<CUstream>(address(arguments[1]));
+    uint64_t addresses[kMostAddresses];
+    for (size_t i = 0; i < known.addresses; ++i) addresses[i] = address(arguments[2 + i]);
+    const Driver& driver = loaded_driver();
+    _ts* state = PyEval_SaveThread();  // a launch waits where the queue is full
+    const Outcome outcome = run(driver, known, stream, addresses);
+    PyEval_RestoreThread(state);
+    check(driver, outcome.code, outcome.launch == nullptr ? "context" : outcome.launch->kernel.c_str());
+    Py_IncRef(&_Py_NoneStruct);
+    return &_Py_NoneStruct;
+  });
+}
+
+PyObject* relocated(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    check_count(count, 2, "relocated");
+    const std::vector<std::byte> given = bytes(arguments[0]);
+    if (given.size() != sizeof(CUtensorMap)) raise(PyExc_ValueError, "relocated: expected the bytes of a tensor map");
+    CUtensorMap map;
+    std::memcpy(&map, given.data(), sizeof map);
+    const Driver& driver = loaded_driver();
+    check(driver, driver.replace_address(&map, reinterpret_cast<void*>(address(arguments[1]))), "relocated");
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&map), sizeof map);
+  });
+}
+
+}  // namespace
+
+}  // namespace adalora::cuda
+
+ADALORA_MODULE(_C_cuda,
+               {"make_replay", adalora::cuda::make_replay, kFastCall,
+                "make_replay(device, addresses, launches, kernels): launches in which that many addresses vary."},
+               {"replay", adalora::cuda::replay, kFastCall,
+                "replay(replay, stream, *addresses): makes the launches, in turn."},
+               {"relocated", adalora::cuda::relocated, kFastCall,
+                "relocated(map, address): the tensor map of the same layout at another address."})
