@@ -5,7 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
+
+_ROOT = Path(__file__).parents[1]
+_PARTS = ("adalora_kernels", "csrc", "benchmarks/gpu", "benchmarks/step", "benchmarks/timing.py")
+_SUFFIXES = (".py", ".json", ".h", ".cpp", ".cu", ".cuh")
 
 
 def commit() -> str:
@@ -20,6 +26,21 @@ def commit() -> str:
     return done.stdout.strip()
 
 
+@cache
+def source() -> str:
+    """A fingerprint of what a device's figures depend on: the package, what is compiled for it, and what times it.
+
+    Unlike the commit it stays what it is while records and pages are committed.
+    """
+    files = [
+        path for part in _PARTS for path in ([_ROOT / part] if part.endswith(".py") else (_ROOT / part).rglob("*"))
+    ]
+    found = sha256()
+    for path in sorted(file for file in files if file.suffix in _SUFFIXES):
+        found.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
 def processor() -> str:
     """The CPU's name, as far as the system tells."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -27,4 +48,4 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-__all__ = ["commit", "processor"]
+__all__ = ["commit", "processor", "source"]

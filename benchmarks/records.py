@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +85,46 @@ class Sweep:
     Args:
         path: the file, which may hold what earlier parts measured.
         environment: of this process.
+        earlier: files of other runs, whose records count as well; a case is taken from the first that has it.
+        aside: what two environments may differ in and count as one, where both tell their source.
     """
 
-    def __init__(self, path: Path, environment: dict[str, Any]) -> None:
-        self.path = path
-        self.environments: list[dict[str, Any]] = [environment]
+    def __init__(
+        self, path: Path, environment: dict[str, Any], earlier: Sequence[Path] = (), aside: Sequence[str] = ("commit",)
+    ) -> None:
+        self.path, self._aside = path, frozenset(aside)
+        self.environments: list[dict[str, Any]] = []
         self.records: list[dict[str, Any]] = []
-        if path.exists():
-            held = json.loads(path.read_text(encoding="utf-8"))
-            self.environments, self.records = held["environments"], held["records"]
-            if environment not in self.environments:
-                self.environments.append(environment)
-        self.current = self.environments.index(environment)
+        for file in dict.fromkeys((path, *earlier)):
+            if file.exists():
+                self._adopt(json.loads(file.read_text(encoding="utf-8")))
+        self.current = self._place(environment)
 
-    def holds(self, case: dict[str, Any]) -> bool:
-        """Whether the case was measured in this environment."""
-        return any(record["case"] == case and record["environment"] == self.current for record in self.records)
+    def _adopt(self, held: dict[str, Any]) -> None:
+        known = [_key(record) for record in self.records]
+        for record in held["records"]:
+            if _key(record) not in known:
+                place = self._place(held["environments"][record["environment"]])
+                self.records.append(record | {"environment": place})
+
+    def _place(self, environment: dict[str, Any]) -> int:
+        if environment not in self.environments:
+            self.environments.append(environment)
+        return self.environments.index(environment)
+
+    def is_current(self, record: dict[str, Any]) -> bool:
+        """Whether it was measured in this environment."""
+        return self._deciding(self.environments[record["environment"]]) == self._deciding(
+            self.environments[self.current]
+        )
+
+    def _deciding(self, environment: dict[str, Any]) -> dict[str, Any]:
+        aside = self._aside if "source" in environment else ()
+        return {name: value for name, value in environment.items() if name not in aside}
+
+    def holds(self, key: Any) -> bool:
+        """Whether the case was measured in this environment; ``key``: its record's case, or the name it was put by."""
+        return any(_key(record) == key and self.is_current(record) for record in self.records)
 
     def under(self, triton: str) -> list[dict[str, Any]]:
         """The records made with a minor version of triton."""
@@ -110,16 +134,25 @@ class Sweep:
             if str(self.environments[record["environment"]]["triton"]).startswith(f"{triton}.")
         ]
 
-    def put(self, case: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    def put(self, key: Any, records: list[dict[str, Any]]) -> None:
         """Replace what was known of the case, and write."""
-        self.records = [record for record in self.records if record["case"] != case]
-        self.records += [record | {"environment": self.current} for record in records]
-        used = sorted({record["environment"] for record in self.records})
+        self.records = [record for record in self.records if _key(record) != key]
+        named = {"name": key} if isinstance(key, str) else {}
+        self.records += [record | named | {"environment": self.current} for record in records]
+        self.write()
+
+    def write(self) -> None:
+        """All of it, with the environments that something was measured in."""
+        used = sorted({self.current, *(record["environment"] for record in self.records)})
         place = {old: new for new, old in enumerate(used)}
         self.environments = [self.environments[old] for old in used]
         self.current = place[self.current]
         self.records = [record | {"environment": place[record["environment"]]} for record in self.records]
         write(self.path, {"environments": self.environments, "records": self.records})
+
+
+def _key(record: dict[str, Any]) -> Any:
+    return record.get("name", record["case"])
 
 
 __all__ = ["Sweep", "complaints", "read", "write"]

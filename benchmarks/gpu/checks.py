@@ -1,28 +1,26 @@
-"""What must hold before anything is timed: every plan against fp64, bit for bit twice, in a graph, without a sync."""
+"""What must hold of every plan by itself: against fp64, and bit for bit twice."""
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from adalora_kernels import svd_linear
 from adalora_kernels.backends.triton import plans
 from adalora_kernels.backends.triton.problem import Problem, problem_of
 from adalora_kernels.reference import svd_linear as reference
 from adalora_kernels.reference.svd_linear import Adapter
 from adalora_kernels.testing.inputs import LayerInputs, layer_inputs
 from adalora_kernels.testing.tolerances import assert_within_budget
+from benchmarks.gpu.apart import message_of, tail
 from benchmarks.gpu.machine import Machine
 
 NEEDS = (True, True, True, True)
-DIRECTIONS = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -72,11 +70,21 @@ def shapes(machine: Machine) -> tuple[Shape, ...]:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at; ``outcome`` is "holds", "FAILED" or "skipped"."""
+    """One thing that was looked at.
+
+    Attributes:
+        outcome: "holds", "FAILED" or "skipped".
+        detail: what came, or why it was skipped.
+        subjects: what is not to be trusted where it failed: plans as backends ("triton:one_pass", "triton:/split"), or
+            another of ``withheld``.
+        trace: the end of the traceback of what was raised.
+    """
 
     name: str
     outcome: str
     detail: str = ""
+    subjects: tuple[str, ...] = ()
+    trace: str = ""
 
     def record(self) -> dict[str, str]:
         """As it is written down."""
@@ -141,31 +149,50 @@ def able(call: Call, direction: str) -> list[str]:
     return [name for name, plan in table.items() if plan.obstacle(call.problem) is None]
 
 
+def forward_parity(shape: Shape, plan: str, machine: Machine) -> list[Check]:
+    """A forward plan, twice: within the error budget against fp64, and bit for bit the same; none if it can't run."""
+    call = make_call(shape, machine)
+    if plan not in able(call, "forward"):
+        return []
+    same_y, same_u = call.forward(reference.forward)
+    exact_y, exact_u = call.exact().forward(reference.forward)
+    with judged(f"{plan}: {shape}", f"triton:{plan}") as check:
+        with poisoned():
+            (y, u), again = (call.forward(plans.launcher("forward", plan)) for _ in range(2))
+        assert_within_budget("y", y, same_y, exact_y)
+        assert_within_budget("u", u[:, : shape.R], same_u, exact_u)
+        assert_repeats((y, u), again)
+    return check
+
+
+def backward_parity(shape: Shape, plan: str, before: Sequence[str], machine: Machine) -> list[Check]:
+    """Likewise a backward plan, after each of the forward plans, whose u it reads."""
+    call = make_call(shape, machine)
+    if plan not in able(call, "backward"):
+        return []
+    same = call.backward(reference.backward, call.forward(reference.forward)[1])
+    exact = call.exact().backward(reference.backward, call.exact().forward(reference.forward)[1])
+    found = []
+    for name in before:
+        with judged(f"{plan} after {name}: {shape}", f"triton:/{plan}") as check:
+            with poisoned():
+                u = call.forward(plans.launcher("forward", name))[1]
+                first, again = (call.backward(plans.launcher("backward", plan), u) for _ in range(2))
+            for quantity, *tensors in zip(("dx", "dA", "dE", "dB"), first, same, exact, strict=True):
+                assert_within_budget(quantity, *tensors)  # type: ignore[arg-type]
+            assert_repeats(first, again)
+        found.append(check[0])
+    return found
+
+
 def parity(cases: tuple[Shape, ...], machine: Machine) -> Iterator[Check]:
-    """Every plan of both directions, twice: within the error budget against fp64, and bit for bit the same."""
+    """Every plan of both directions; the backward ones after those forward ones that hold."""
     for shape in cases:
-        call = make_call(shape, machine)
-        same_y, same_u = call.forward(reference.forward)
-        exact_y, exact_u = call.exact().forward(reference.forward)
-        us = {}
-        for name in able(call, "forward"):
-            with judged(f"{name}: {shape}") as check:
-                with poisoned():
-                    (y, us[name]), again = (call.forward(plans.launcher("forward", name)) for _ in range(2))
-                assert_within_budget("y", y, same_y, exact_y)
-                assert_within_budget("u", us[name][:, : shape.R], same_u, exact_u)
-                assert_repeats((y, us[name]), again)
-            yield check[0]
-        same = call.backward(reference.backward, same_u)
-        exact = call.exact().backward(reference.backward, exact_u)
-        for (before, u), name in itertools.product(us.items(), able(call, "backward")):
-            with judged(f"{name} after {before}: {shape}") as check:
-                with poisoned():
-                    found, repeated = (call.backward(plans.launcher("backward", name), u) for _ in range(2))
-                for quantity, *tensors in zip(("dx", "dA", "dE", "dB"), found, same, exact, strict=True):
-                    assert_within_budget(quantity, *tensors)  # type: ignore[arg-type]
-                assert_repeats(found, repeated)
-            yield check[0]
+        forward = {name: forward_parity(shape, name, machine) for name in plans.FORWARD}
+        yield from chain.from_iterable(forward.values())
+        held = [name for name, found in forward.items() if any(check.outcome == "holds" for check in found)]
+        for name in plans.BACKWARD:
+            yield from backward_parity(shape, name, held, machine)
 
 
 @contextmanager
@@ -183,17 +210,15 @@ def poisoned() -> Iterator[None]:
 
 
 @contextmanager
-def judged(name: str) -> Iterator[list[Check]]:
+def judged(name: str, *subjects: str) -> Iterator[list[Check]]:
     """The outcome of the assertions within, in the list once they are through."""
     outcome: list[Check] = []
     try:
         yield outcome
-    except AssertionError as error:
-        outcome.append(Check(name, "FAILED", str(error)))
     except Exception as error:  # a launch that fails is reported too, and the next check made
-        outcome.append(Check(name, "FAILED", f"{type(error).__name__}: {error}"))
+        outcome.append(Check(name, "FAILED", message_of(error), subjects, tail(error)))
     else:
-        outcome.append(Check(name, "holds"))
+        outcome.append(Check(name, "holds", subjects=subjects))
 
 
 def assert_repeats(first: tuple[Tensor | None, ...], second: tuple[Tensor | None, ...]) -> None:
@@ -201,88 +226,6 @@ def assert_repeats(first: tuple[Tensor | None, ...], second: tuple[Tensor | None
     for a, b in zip(first, second, strict=True):
         assert (a is None) == (b is None)
         assert a is None or b is None or torch.equal(a, b), "two runs differ"
-
-
-def eager_step(shape: Shape, machine: Machine, plan: str, dropout_p: float = 0.0) -> Callable[[], tuple[Any, ...]]:
-    """Forward and backward through the public call, bare; each run gives the same numbers, unless dropout draws."""
-    i = layer_inputs(
-        shape.M, shape.K, shape.N, shape.R, shape.dtype, shape.adapter, bias=False, device=machine.device
-    )  # fmt: skip
-    leaves = [t.requires_grad_() for t in (i.x, i.lora_A, i.lora_E, i.lora_B)]
-
-    def step() -> tuple[Any, ...]:
-        y = svd_linear(i.x, i.weight, *leaves[1:], dropout_p=dropout_p, backend=f"triton:{plan}")
-        return (y.detach(), *torch.autograd.grad(y, leaves, i.grad_y))
-
-    return step
-
-
-def pairs(shape: Shape, machine: Machine) -> list[str]:
-    """ "forward/backward" so that every plan that can run the shape occurs."""
-    call = make_call(shape, machine)
-    forward, backward = (able(call, direction) for direction in DIRECTIONS)
-    return [f"{f}/{b}" for f, b in zip(forward, itertools.cycle(backward))] + [
-        f"{forward[0]}/{b}" for b in backward[len(forward) :]
-    ]
-
-
-def in_a_graph(shape: Shape, machine: Machine) -> Iterator[Check]:
-    """Captured forward and backward: two replays give what eager calls give."""
-    for plan in pairs(shape, machine):
-        with judged(f"{plan}: replayed from a CUDA graph, {shape}") as check:
-            step = eager_step(shape, machine, plan)
-            want = step()
-            found: list[tuple[Tensor, ...]] = []
-            replay = machine.recorded([lambda step=step, found=found: found.append(step())])  # type: ignore[misc]
-            for _ in range(2):
-                for tensor in found[-1] if found else ():
-                    tensor.fill_(torch.nan)
-                replay()
-                machine.wait()
-                assert_repeats(want, found[-1])
-        yield check[0]
-
-
-def without_sync(shape: Shape, machine: Machine) -> Iterator[Check]:
-    """Forward and backward, dropout drawn, with every synchronising call an error."""
-    for plan in pairs(shape, machine):
-        name = f"{plan}: no host sync, {shape}"
-        if machine.dry:
-            yield Check(name, "skipped", "the CPU has nothing to wait for")
-            continue
-        step = eager_step(shape, machine, plan, dropout_p=0.1)
-        step()
-        machine.wait()
-        try:
-            with sync_is_an_error(machine):
-                step()
-        except RuntimeError as error:
-            yield Check(name, "FAILED", str(error))
-        else:
-            yield Check(name, "holds")
-
-
-def on_two_streams(shape: Shape, machine: Machine) -> Iterator[Check]:
-    """Many steps on two streams at once give what one gives alone."""
-    for plan in pairs(shape, machine):
-        name = f"{plan}: two streams, {shape}"
-        if machine.dry:
-            yield Check(name, "skipped", "the CPU has one stream")
-            continue
-        with judged(name) as check:
-            step = eager_step(shape, machine, plan)
-            want = step()
-            machine.wait()
-            streams = [torch.cuda.Stream() for _ in range(2)]
-            results: list[tuple[Any, ...]] = []
-            for _ in range(10):
-                for stream in streams:
-                    with torch.cuda.stream(stream):
-                        results.append(step())
-            machine.wait()
-            for found in results:
-                assert_repeats(want, found)
-        yield check[0]
 
 
 @contextmanager
@@ -298,13 +241,7 @@ def sync_is_an_error(machine: Machine) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def public_call(machine: Machine) -> Iterator[Check]:
-    """What the public call must hold beyond its numbers."""
-    shape = SMALL[0] if machine.dry else SHAPES[4]  # which plans can run
-    for check in (in_a_graph, without_sync, on_two_streams):
-        yield from check(shape, machine)
-
-
 __all__ = [
-    "SMALL", "Check", "assert_repeats", "judged", "parity", "poisoned", "public_call", "shapes", "sync_is_an_error"
+    "SMALL", "Check", "able", "assert_repeats", "backward_parity", "forward_parity", "judged", "make_call", "parity",
+    "poisoned", "shapes", "sync_is_an_error",
 ]  # fmt: skip

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from adalora_kernels import RankAllocator, SVDLinear, compute_orth_regu
 from adalora_kernels.allocator.fused import FUSED
 from benchmarks.gpu.checks import Check, judged, sync_is_an_error
 from benchmarks.gpu.machine import Machine
+from benchmarks.gpu.withheld import ENGINE
 from benchmarks.timing import Sample
 
 LAUNCHED = "launched before the step"
@@ -80,27 +80,26 @@ def chain(machine: Machine, layers: int, size: int, tokens: int, fused: bool, te
     return Chain(model, allocator, x.requires_grad_(), g, fused, term)
 
 
-def checks(machine: Machine) -> Iterator[Check]:
+def check(term: bool, machine: Machine) -> list[Check]:
     """The averages, scores and gradients of the launch, twice, without a wait; and a write that nobody tells of."""
     layers, size, tokens = (DRY_SIZES if machine.dry else ((3, 256, 300),))[0]
-    for term in (False, True):
-        with judged(f"importance fused into the backward{', orthogonality too' if term else ''}") as check:
-            ways = [chain(machine, layers, size, tokens, fused, term) for fused in (False, True)]
-            for way in ways:
+    with judged(f"importance fused into the backward{', orthogonality too' if term else ''}", ENGINE) as check:
+        ways = [chain(machine, layers, size, tokens, fused, term) for fused in (False, True)]
+        for way in ways:
+            way.step()
+            with sync_is_an_error(machine):
                 way.step()
-                with sync_is_an_error(machine):
-                    way.step()
-            assert ways[1].allocator.fused is not None and ways[1].allocator.fused.outcome == FUSED
-            compared(*ways)
-            for way in ways:
-                way.backward()
-                for p in way.model.parameters():
-                    if p.grad is not None:
-                        p.grad.data.mul_(0.5)
-                way.allocator.update(way.allocator.begin(0))
-            assert ways[1].allocator.fused.outcome != FUSED, "a write to the gradients was not noticed"
-            compared(*ways)
-        yield check[0]
+        assert ways[1].allocator.fused is not None and ways[1].allocator.fused.outcome == FUSED
+        compared(*ways)
+        for way in ways:
+            way.backward()
+            for p in way.model.parameters():
+                if p.grad is not None:
+                    p.grad.data.mul_(0.5)
+            way.allocator.update(way.allocator.begin(0))
+        assert ways[1].allocator.fused.outcome != FUSED, "a write to the gradients was not noticed"
+        compared(*ways)
+    return check
 
 
 def compared(launched: Chain, fused: Chain) -> None:
@@ -127,15 +126,14 @@ def measure(machine: Machine, layers: int, size: int, tokens: int) -> dict[str, 
     return {"benchmark": "importance in a backward", "case": case, "microseconds": times, "rounds": machine.rounds}
 
 
-def questions(machine: Machine) -> Iterator[dict[str, Any]]:
-    """A record for each size."""
-    yield from map(partial(_of_size, machine), DRY_SIZES if machine.dry else SIZES)
+def sizes(machine: Machine) -> tuple[tuple[int, int, int], ...]:
+    """Of a record each."""
+    return DRY_SIZES if machine.dry else SIZES
 
 
-def _of_size(machine: Machine, size: tuple[int, int, int]) -> dict[str, Any]:
-    record = measure(machine, *size)
-    machine.forget()
-    return record
+def of_size(machine: Machine, size: tuple[int, int, int]) -> dict[str, Any]:
+    """The record of one."""
+    return measure(machine, *size)
 
 
-__all__ = ["checks", "measure", "questions"]
+__all__ = ["check", "measure", "of_size", "sizes"]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 from adalora_kernels import AdaLoraAdamW, RankAllocator, SVDLinear, compute_orth_regu
 from adalora_kernels.allocator.graphed import CudaGraph, Recorder, record_step
-from adalora_kernels.allocator.schedule import VARIANTS
 from benchmarks.gpu.checks import Check, judged, sync_is_an_error
 from benchmarks.gpu.machine import Machine
+from benchmarks.gpu.withheld import STEP
 from benchmarks.step.rehearsal import Rehearsal
 
 
@@ -50,41 +47,59 @@ def plain_losses(machine: Machine, variant: str, swept: bool) -> list[float]:
     model, optimizer, allocator = training(machine, variant, swept, capturable=False)
     if not swept:
         allocator.attach(optimizer)
-    losses = []
-    for batch in batches(machine):
-        optimizer.zero_grad()
-        loss = error_of(model, batch) + compute_orth_regu(model, 0.1, squared=variant == "paper")
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return [loop_step(model, optimizer, batch, variant).item() for batch in batches(machine)]
 
 
-def whole_steps(machine: Machine) -> Iterator[Check]:
+def loop_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], variant: str) -> Tensor:
+    """One step of an ordinary loop, and its loss."""
+    optimizer.zero_grad()
+    loss = error_of(model, batch) + compute_orth_regu(model, 0.1, squared=variant == "paper")
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def check(variant: str, swept: bool, machine: Machine) -> list[Check]:
     """graphed_step: the losses of the plain loop to 1e-4, the budget kept, and no replay waits for the device."""
     recorder: Recorder = Rehearsal(may_wait=True) if machine.dry else CudaGraph()
-    for variant, swept in itertools.product(VARIANTS, (True, False)):
-        name = f"graphed_step, {'AdaLoraAdamW' if swept else 'AdamW'}, variant {variant}"
-        if machine.dry and not swept:
-            yield Check(name, "skipped", "torch has no capturable AdamW on a CPU")
-            continue
-        try:
-            with judged(name) as check:
-                model, optimizer, allocator = training(machine, variant, swept, capturable=True)
-                given = batches(machine)
-                step = record_step(model, optimizer, allocator, given[0], error_of, 0.1, 3, recorder)
-                machine.wait()
-                with sync_is_an_error(machine):
-                    found = [step(batch).clone() for batch in given]
-                want = plain_losses(machine, variant, swept)
-                worst = max(abs(a.item() - b) / b for a, b in zip(found, want, strict=True))
-                assert worst < 1e-4, f"losses differ by {worst:.1e} of the plain loop's"
-                live = sum(allocator.live_ranks().values())
-                assert allocator.global_step == len(given) - 1, f"counted to {allocator.global_step}"
-                assert 0 < live <= 8, f"{live} triplets live, with a budget of 8"
-            yield check[0]
-        except (RuntimeError, ValueError) as error:
-            yield Check(name, "FAILED", str(error))
+    name = f"graphed_step, {'AdaLoraAdamW' if swept else 'AdamW'}, variant {variant}"
+    if machine.dry and not swept:
+        return [Check(name, "skipped", "torch has no capturable AdamW on a CPU")]
+    with judged(name, STEP) as check:
+        model, optimizer, allocator = training(machine, variant, swept, capturable=True)
+        given = batches(machine)
+        step = record_step(model, optimizer, allocator, given[0], error_of, 0.1, 3, recorder)
+        machine.wait()
+        with sync_is_an_error(machine):
+            found = [step(batch).clone() for batch in given]
+        want = plain_losses(machine, variant, swept)
+        worst = max(abs(a.item() - b) / b for a, b in zip(found, want, strict=True))
+        assert worst < 1e-4, f"losses differ by {worst:.1e} of the plain loop's"
+        live = sum(allocator.live_ranks().values())
+        assert allocator.global_step == len(given) - 1, f"counted to {allocator.global_step}"
+        assert 0 < live <= 8, f"{live} triplets live, with a budget of 8"
+    return check
 
 
-__all__ = ["whole_steps"]
+def check_waits(swept: bool, machine: Machine) -> list[Check]:
+    """A plain loop, forward to masking, over the whole schedule, with every call that waits for the device an error."""
+    name = f"a training step, forward to masking, waits for nothing, {'AdaLoraAdamW' if swept else 'AdamW'}"
+    if machine.dry:
+        return [Check(name, "skipped", "the CPU has nothing to wait for")]
+    with judged(name, STEP) as check:
+        model, optimizer, allocator = training(machine, "peft", swept, capturable=False)
+        if not swept:
+            allocator.attach(optimizer)
+        given = batches(machine)
+        for batch in given[:1]:  # which makes state
+            loop_step(model, optimizer, batch, "peft")
+        machine.wait()
+        with sync_is_an_error(machine):
+            for batch in given[1:]:
+                loop_step(model, optimizer, batch, "peft")
+        live = sum(allocator.live_ranks().values())
+        assert 0 < live <= 8, f"{live} triplets live, with a budget of 8: nothing was masked"
+    return check
+
+
+__all__ = ["check", "check_waits"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ from adalora_kernels.reference.svd_linear_group import Member
 from adalora_kernels.testing.inputs import layer_inputs
 from adalora_kernels.testing.tolerances import assert_within_budget
 from benchmarks.gpu import layers as contest
+from benchmarks.gpu.apart import message_of
 from benchmarks.gpu.checks import Check, assert_repeats, judged, poisoned
 from benchmarks.gpu.layers import Case, Layer
 from benchmarks.gpu.machine import Machine, Run
-from benchmarks.gpu.timed import replayed
+from benchmarks.gpu.timed import NOTHING, explain, replayed
+from benchmarks.gpu.withheld import BOTH, FORWARD, GROUP, Withheld, why
 
 STACK = "triton:shrink_tail/blas"  # the plans that a stack's kernels are for several layers
 SHAPES = ((768, (768, 768, 768)), (4096, (4096, 1024, 1024)), (4096, (14336, 14336)))  # BERT, Llama, its gate and up
@@ -46,30 +48,35 @@ class GroupCase:
         """Of each layer alone."""
         return [Case(self.K, n, self.M, self.R, self.adapter) for n in self.N]
 
+    def __str__(self) -> str:
+        return f"{self.K}x{'+'.join(map(str, self.N))} M={self.M} r={self.R} {self.adapter} adapter"
+
     def record(self) -> dict[str, Any]:
         """As it is written down."""
         return asdict(self)
 
 
-def checks(machine: Machine) -> Iterator[Check]:
-    """A group's shared passes against fp64, bit for bit twice, and replayed from a CUDA graph."""
-    ragged, regular = (40, 33, (72, 20), (12, 5)), (300, 768, (768, 256, 256), (16, 16, 16))
-    cases = ((ragged, torch.bfloat16), (ragged, torch.float32), (regular, torch.bfloat16))
-    for (m, k, ns, ranks), dtype in cases[:1] if machine.dry else cases:
-        name = f"group: {m}x{k}x{'+'.join(map(str, ns))} r={'+'.join(map(str, ranks))} {dtype}"
+_RAGGED, _REGULAR = (40, 33, (72, 20), (12, 5)), (300, 768, (768, 256, 256), (16, 16, 16))
+CHECKED = ((_RAGGED, torch.bfloat16), (_RAGGED, torch.float32), (_REGULAR, torch.bfloat16))
+
+
+def check(number: int, machine: Machine) -> list[Check]:
+    """A group's shared passes against fp64, bit for bit twice, and replayed from a CUDA graph; one of ``CHECKED``."""
+    (m, k, ns, ranks), dtype = CHECKED[number]
+    name = f"group: {m}x{k}x{'+'.join(map(str, ns))} r={'+'.join(map(str, ranks))} {dtype}"
+    with judged(name, GROUP) as check:
         run, same, exact = _runs(m, k, ns, ranks, dtype, machine)
-        with judged(name) as check:
-            with poisoned():
-                found, again = run(), run()
-            for quantity, tensors in same.items():
-                assert_within_budget(quantity, found[quantity], tensors, exact[quantity])
-            assert_repeats(tuple(found.values()), tuple(again.values()))
-            replayed: list[dict[str, Tensor]] = []
-            replay = machine.recorded([lambda run=run, replayed=replayed: replayed.append(run())])  # type: ignore[misc]
-            replay()
-            machine.wait()
-            assert_repeats(tuple(found.values()), tuple(replayed[-1].values()))
-        yield check[0]
+        with poisoned():
+            found, again = run(), run()
+        for quantity, tensors in same.items():
+            assert_within_budget(quantity, found[quantity], tensors, exact[quantity])
+        assert_repeats(tuple(found.values()), tuple(again.values()))
+        replayed: list[dict[str, Tensor]] = []
+        replay = machine.recorded([lambda: replayed.append(run())])
+        replay()
+        machine.wait()
+        assert_repeats(tuple(found.values()), tuple(replayed[-1].values()))
+    return check
 
 
 def _runs(
@@ -97,8 +104,10 @@ def _runs(
     return lambda: run(group, dtype, plan), run(reference, dtype), run(reference, torch.float64)
 
 
-def measure(case: GroupCase, machine: Machine) -> list[dict[str, Any]]:
+def measure(case: GroupCase, machine: Machine, withheld: Withheld = NOTHING) -> list[dict[str, Any]]:
     """Forward, and forward + backward, of the group, of its layers one by one, and of what they replace.
+
+    Who depends on what is withheld is not timed, nor is who computes something else here.
 
     Returns:
         Two records, as ``timed.measure`` makes them of a layer.
@@ -111,34 +120,53 @@ def measure(case: GroupCase, machine: Machine) -> list[dict[str, Any]]:
         contest.OURS: _grouped(case, "triton"),
         STACK: _grouped(case, STACK),
     }
-    check_equal(calls, sets[0])
+    failed = not_trusted(case, sets[0], withheld)
+    differing = disagreeing({name: call for name, call in calls.items() if name not in failed}, sets[0])
+    out = differing | failed
     with torch.no_grad():
         members = _members(case, sets[0])
     plan, configuration, reason = group.explain(sets[0][0].x, members)
-    about = {
+    about: dict[str, Any] = {
         "benchmark": "group", "case": case.record(), "plan": plan, "configuration": configuration, "reason": reason
     }  # fmt: skip
+    about |= {"withheld": out} if out else {}
+    calls = {name: call for name, call in calls.items() if name not in out}
     records = []
-    for direction, prepare in (("forward", _forward_run), ("forward + backward", _both_run)):
+    for direction, prepare in ((FORWARD, _forward_run), (BOTH, _both_run)):
         runs = {name: [prepare(name, call, layers) for layers in sets] for name, call in calls.items()}
         records.append(about | {"direction": direction, "copies": len(sets), **replayed(runs, machine)})
     return records
 
 
-def check_equal(calls: dict[str, Call], layers: list[Layer]) -> None:
-    """Every contestant but the frozen linears computes what PEFT does, before any is timed.
+def not_trusted(case: GroupCase, layers: list[Layer], withheld: Withheld) -> dict[str, str]:
+    """Of what is ours, what depends on a failed check: the group's own, or any that a plan of its layers failed."""
+    chosen = (explain(alone, layer)[0] for alone, layer in zip(case.layers, layers, strict=True))
+    of_layers = next((said for plan in chosen if (said := why(withheld, plan, BOTH))), None)
+    of_group = withheld.get(GROUP) or of_layers
+    found = {"one by one": of_layers, contest.OURS: of_group, STACK: withheld.get(GROUP)}
+    return {name: said for name, said in found.items() if said}
 
-    Raises:
-        AssertionError: one is further from PEFT's result, by norm, than four roundings of bf16.
+
+def disagreeing(calls: dict[str, Call], layers: list[Layer]) -> dict[str, str]:
+    """What is wrong with whom: every contestant but the frozen linears must compute what PEFT does.
+
+    Further from PEFT's result, by norm, than four roundings of bf16 is wrong, and whatever raises.
     """
     want = [*calls[contest.PEFT](layers), *_gradients(contest.PEFT, calls[contest.PEFT], layers)]
+    found: dict[str, str] = {}
     for name, call in calls.items():
         if name in (contest.FROZEN, contest.PEFT):
             continue
-        for i, (a, b) in enumerate(zip([*call(layers), *_gradients(name, call, layers)], want, strict=True)):
-            error = ((a.float() - b.float()).norm() / b.float().norm()).item()
-            if not error <= 4 * torch.finfo(contest.DTYPE).eps:
-                raise AssertionError(f"{name}: result {i} differs from PEFT's by {error:.2e}")
+        try:
+            got = [*call(layers), *_gradients(name, call, layers)]
+        except Exception as error:
+            found[name] = message_of(error)
+            continue
+        for i, (a, b) in enumerate(zip(got, want, strict=True)):
+            error_of = contest.apart(a, b)
+            if not error_of <= 4 * torch.finfo(contest.DTYPE).eps:
+                found[name] = f"result {i} differs from PEFT's by {error_of:.2e}"
+    return found
 
 
 def _sets(case: GroupCase, machine: Machine) -> list[list[Layer]]:
@@ -192,4 +220,4 @@ def _gradients(name: str, call: Call, layers: list[Layer]) -> tuple[Tensor, ...]
     return torch.autograd.grad(call(layers), leaves, [layer.grad_y for layer in layers])
 
 
-__all__ = ["DRY_SHAPES", "SHAPES", "GroupCase", "check_equal", "checks", "measure"]
+__all__ = ["CHECKED", "DRY_SHAPES", "SHAPES", "GroupCase", "check", "disagreeing", "measure"]

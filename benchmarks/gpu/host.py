@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from adalora_kernels import SVDLinear
+from adalora_kernels.backends import triton
+from adalora_kernels.reference.svd_linear import Adapter
 from benchmarks.gpu.machine import Machine, Run
+from benchmarks.gpu.withheld import BOTH, Withheld, why
 from benchmarks.timing import Sample, ratio
 
 FEATURES, RANK, TOKENS = 768, 16, 64  # so little that the device waits for the host
@@ -55,14 +58,24 @@ def queued(step: Run, calls: int, machine: Machine, before: Run | None = None) -
     return prepare
 
 
-def measure(machine: Machine) -> dict[str, Any]:
+def measure(machine: Machine, withheld: Withheld) -> dict[str, Any]:
     """Microseconds of host time for one eager forward + backward, as a user's loop spends it.
 
     The device is idle when the clock starts and is not waited for: what is timed is the queueing.
+
+    Raises:
+        AssertionError: a plan that failed its checks is chosen.
     """
     calls, features = (1, DRY_FEATURES) if machine.dry else (CALLS, FEATURES)
     x = torch.randn(TOKENS, features, device=machine.device, dtype=torch.bfloat16, requires_grad=True)
     g = torch.randn_like(x)
+
+    contestants = modules(features, machine)
+    ours: Any = contestants["ours"]
+    adapter = Adapter(ours.lora_A, ours.lora_E, ours.lora_B, None, None, 1.0, 0.0, torch.bfloat16)
+    plan = triton.explain(x, ours.weight, adapter)[0]
+    failed = why(withheld, plan, BOTH)
+    assert failed is None, f"{plan}: {failed}"
 
     def loop(module: nn.Module) -> Callable[[], Run]:
         parameters = [p for p in module.parameters() if p.requires_grad]
@@ -77,13 +90,14 @@ def measure(machine: Machine) -> dict[str, Any]:
 
         return queued(step, calls, machine, clear)
 
-    seconds = machine.interleaved({name: loop(module) for name, module in modules(features, machine).items()})
+    seconds = machine.interleaved({name: loop(module) for name, module in contestants.items()})
     scaled = {name: [1e6 * s / calls for s in values] for name, values in seconds.items()}
     return {
         "benchmark": "host time of an eager layer, forward + backward",
         "case": {"K": features, "N": features, "M": TOKENS, "R": RANK},
         "microseconds": {name: vars(Sample.of(values)) for name, values in scaled.items()},
         "ours_over_lora": ratio(seconds["ours"], seconds["PEFT LoRA"]),
+        "rounds": machine.rounds,
     }
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import commit
+from benchmarks.environment import commit, source
 from benchmarks.timing import Contestant, interleave, wall_seconds
 
 Run = Callable[[], object]
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class Machine:
         name = "dry" if self.dry else torch.cuda.get_device_name()
         return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
+    def record(self, kind: str = "") -> Path:
+        """The file of this device's records of a kind; the core set's has none."""
+        return self.results / f"{self.name}{kind and '-'}{kind}.json"
+
+    def earlier(self, kind: str = "") -> list[Path]:
+        """That file, then the checkout's own: what another run has left there counts as well."""
+        return list(dict.fromkeys((self.record(kind), RESULTS / self.record(kind).name)))
+
     @property
     def cache_bytes(self) -> int:
         """L2, or nothing to speak of in a dry run."""
@@ -51,7 +60,7 @@ class Machine:
 
     def environment(self) -> dict[str, Any]:
         """What figures depend on."""
-        found: dict[str, Any] = {"device": self.name, "dry": self.dry, "commit": commit()}
+        found: dict[str, Any] = {"device": self.name, "dry": self.dry, "commit": commit(), "source": source()}
         if not self.dry:
             properties = torch.cuda.get_device_properties(self.device)
             found |= {
@@ -129,4 +138,4 @@ def installed(package: str) -> str | None:
         return None
 
 
-__all__ = ["Machine", "Run", "installed"]
+__all__ = ["RESULTS", "Machine", "Run", "installed"]

@@ -22,24 +22,37 @@ from benchmarks.gpu import layers as contest
 from benchmarks.gpu.host import queued
 from benchmarks.gpu.layers import Case, Layer
 from benchmarks.gpu.machine import Machine, Run
+from benchmarks.gpu.rows import RANK, TOKENS
 from benchmarks.gpu.timed import replayed
+from benchmarks.gpu.withheld import ENGINE, Withheld
 from benchmarks.timing import Sample
 
 PEAK = 8192
 Calls = dict[str, Callable[[Layer], object]]
 
 
-def questions(machine: Machine, shapes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """One record per question and case."""
-    yield ceilings(machine)
-    yield launches(machine)
-    yield from fused.questions(machine)
-    for k, n in shapes:
-        for m in tokens:
-            yield products(Case(k, n, m, 0, "bfloat16"), machine)
-            case = Case(k, n, m, 16, "bfloat16")
-            yield accumulation(case, machine)
-            yield passes(case, machine)
+Question = tuple[str, Callable[..., list[dict[str, Any]]], tuple[Any, ...]]
+
+
+def questions(
+    machine: Machine, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], withheld: Withheld
+) -> Iterator[Question]:
+    """What a question is known again by, and what to call for its records; the decisive shapes first."""
+    yield "ceilings", single, (ceilings, machine)
+    yield "host time of a launch", single, (launches, machine)
+    for size in fused.sizes(machine) if ENGINE not in withheld else ():
+        yield f"importance in a backward, {size}", single, (fused.of_size, machine, size)
+    for m in sorted(tokens, key=lambda m: m != TOKENS):
+        for k, n in shapes:
+            plain, case = Case(k, n, m, 0, "bfloat16"), Case(k, n, m, RANK, "bfloat16")
+            yield f"plain product, {plain}", single, (products, plain, machine, withheld)
+            yield f"accumulation, {case}", single, (accumulation, case, machine)
+            yield f"backward passes, {case}", single, (passes, case, machine, withheld)
+
+
+def single(measure: Callable[..., dict[str, Any]], *args: Any) -> list[dict[str, Any]]:
+    """As a list of one record."""
+    return [measure(*args)]
 
 
 def timed(question: str, case: Case, sets: list[Layer], calls: Calls, machine: Machine) -> dict[str, Any]:
@@ -65,11 +78,13 @@ def ceilings(machine: Machine) -> dict[str, Any]:
     }
 
 
-def products(case: Case, machine: Machine) -> dict[str, Any]:
+def products(case: Case, machine: Machine, withheld: Withheld) -> dict[str, Any]:
     """cuBLAS against the plain product of each forward plan: what its mainloop is worth without the low-rank term."""
     sets = contest.layers(case, machine)
     calls: Calls = {contest.FROZEN: _frozen}
     for backend in contest.forward_plans(case, sets[0]):
+        if backend in withheld:
+            continue
         calls[backend] = _without_autograd(contest.ours(case, backend))
     return timed("plain product", case, sets, calls, machine)
 
@@ -92,7 +107,7 @@ def accumulation(case: Case, machine: Machine) -> dict[str, Any]:
     return timed("accumulation", case, sets, calls, machine)
 
 
-def passes(case: Case, machine: Machine) -> dict[str, Any]:
+def passes(case: Case, machine: Machine, withheld: Withheld) -> dict[str, Any]:
     """Each backward plan with only some gradients asked for: dE and dB read g alone, dA reads g and x."""
     sets = contest.layers(case, machine)
     u = torch.randn(case.M, -(-case.R // 16) * 16, device=machine.device, dtype=contest.DTYPE)
@@ -104,6 +119,8 @@ def passes(case: Case, machine: Machine) -> dict[str, Any]:
 
     calls: Calls = {contest.FROZEN: lambda layer: layer.grad_y @ layer.weight}
     for backend in contest.backward_plans(case, sets[0]):
+        if backend in withheld:
+            continue
         name = backend.partition("/")[2]
         calls |= {
             f"{name}: {what}": _without_autograd(partial(backward, name, needs)) for what, needs in wanted.items()
@@ -149,4 +166,4 @@ def _without_autograd(call: Callable[[Layer], object]) -> Callable[[Layer], obje
     return run
 
 
-__all__ = ["questions"]
+__all__ = ["ceilings", "questions", "single"]

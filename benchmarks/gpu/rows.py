@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.gpu import engine
 from benchmarks.gpu.layers import FROZEN, OURS, PEFT
 from benchmarks.step import names as step
 
@@ -21,6 +22,8 @@ _OVER_PEFT = {
 _OVER_FROZEN = {"forward": (1.08, 1.20), "forward + backward": (1.15, 1.40)}
 # A training step of DeBERTa-v3-base.
 _STEP_OVER_PEFT, _STEP_OVER_LORA = 3.0, 1.0
+# The budget engine: PEFT / ours; importance / a copy that moves as many bytes; kernels, copies and fills of a step.
+_ENGINE_OVER_PEFT, _IMPORTANCE_OVER_COPY, _LAUNCHES = 50.0, 1.3, 6
 HELD, MISSED, OPEN = "held", "missed", "open"
 
 
@@ -68,23 +71,43 @@ class Row:
 
 
 def rows(records: list[dict[str, Any]]) -> Iterator[Row]:
-    """Every bound that the records have a figure for."""
+    """Every bound on a layer; open where ours was withheld."""
     for record in records:
+        if record["benchmark"] != "layer":
+            continue
         case, direction, ratios = record["case"], record["direction"], record["ratio_to_frozen"]
         name = f"{direction}, {case['K']}x{case['N']}, {case['adapter']} adapter"
-        yield Row(f"{name}: bytes kept beyond x", record["saved_bytes"], 2 * case["M"] * -(-case["R"] // 16) * 16)
+        yield Row(f"{name}: bytes kept beyond x", record.get("saved_bytes"), 2 * case["M"] * -(-case["R"] // 16) * 16)
         if (case["M"], case["R"]) != (TOKENS, RANK):
             continue
         if case["adapter"] == "bfloat16":
             wide, narrow = _OVER_FROZEN[direction]
             bound = wide if min(case["K"], case["N"]) >= _WIDE else narrow
-            yield Row(f"{name}: ours / frozen", ratios[OURS], bound)
+            yield Row(f"{name}: ours / frozen", ratios.get(OURS), bound)
         rivals = {rival: ratio for rival, ratio in ratios.items() if rival not in (FROZEN, OURS)}
         best = min(rivals, key=lambda rival: rivals[rival])
-        yield Row(f"{name}: ours / the best other ({best})", ratios[OURS] / rivals[best], _NOISE)
+        yield Row(f"{name}: ours / the best other ({best})", _over(ratios, OURS, best), _NOISE)
         bound = _OVER_PEFT[case["adapter"]].get((case["K"], case["N"]), 0.0)
         if direction == "forward + backward" and bound:
-            yield Row(f"{name}: PEFT / ours", ratios[PEFT] / ratios[OURS], bound, at_least=True)
+            yield Row(f"{name}: PEFT / ours", _over(ratios, PEFT, OURS), bound, at_least=True)
+
+
+def _over(ratios: dict[str, float], one: str, other: str) -> float | None:
+    return ratios[one] / ratios[other] if {one, other} <= set(ratios) else None
+
+
+def engine_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
+    """What the budget engine must reach, whether there is a record or not."""
+    found = {record["benchmark"]: record for record in records}
+    whole = found.get(engine.WHOLE, {}).get("peft_over_ours", {})
+    for ours in (step.OURS, step.OURS_SWEPT):
+        yield Row(f"{engine.WHOLE}, {ours}: PEFT / ours", whole.get(ours), _ENGINE_OVER_PEFT, at_least=True)
+    alone = found.get(engine.IMPORTANCE, {}).get("importance_to_copy", {"triton": None})
+    for backend, figure in alone.items():
+        yield Row(f"{engine.IMPORTANCE}, {backend}: ours / a copy of its bytes", figure, _IMPORTANCE_OVER_COPY)
+    counts = found.get(engine.LAUNCHES, {}).get("launches", {"any model": None})
+    for name, count in counts.items():
+        yield Row(f"{engine.LAUNCHES}, {name}", count or None, _LAUNCHES)
 
 
 def group_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
@@ -92,7 +115,7 @@ def group_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
     for record in records:
         case, ratios = record["case"], record["ratio_to_frozen"]
         name = f"{record['direction']}, {case['K']}x{'+'.join(map(str, case['N']))}, one group"
-        yield Row(f"{name}: ours / one by one", ratios[OURS] / ratios["one by one"], _NOISE)
+        yield Row(f"{name}: ours / one by one", _over(ratios, OURS, "one by one"), _NOISE)
 
 
 def step_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
@@ -117,4 +140,4 @@ def step_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
                 yield Row(f"{about}: ours / PEFT LoRA r={lora}, {mode}", over_lora, _STEP_OVER_LORA)
 
 
-__all__ = ["HELD", "MISSED", "OPEN", "RANK", "TOKENS", "Row", "group_rows", "rows", "step_rows"]
+__all__ = ["HELD", "MISSED", "OPEN", "RANK", "TOKENS", "Row", "engine_rows", "group_rows", "rows", "step_rows"]

@@ -9,10 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from adalora_kernels.backends.triton import plans
+from benchmarks.gpu.apart import Apart, Failed, Here
 from benchmarks.gpu.machine import Machine
+from benchmarks.gpu.withheld import ENGINE, STEP, Withheld
 from benchmarks.records import Sweep
 from benchmarks.step import compiled, graphed, measure
 from benchmarks.step.case import Case
@@ -20,6 +24,7 @@ from benchmarks.step.models import DRY, REAL, Model
 from benchmarks.step.names import COMPILED, GRAPHED, RANK, TARGET
 
 Record = dict[str, Any]
+SECONDS = 240.0  # for one case; by torch.compile it takes longest
 
 
 @dataclass(frozen=True)
@@ -59,23 +64,49 @@ def _planned(machine: Machine, model: Model, lora: int, mode: str) -> Planned:
     return Planned(case.record(mode), partial(measures[mode], case, machine.rounds))
 
 
-def run(machine: Machine, held: Sweep, deadline: float) -> Iterator[tuple[Planned, Record | str]]:
+_chosen: set[str] = set()
+
+
+def measured(index: int, machine: Machine, withheld: Withheld) -> list[Record]:
+    """The record of one of ``planned``.
+
+    Raises:
+        AssertionError: a plan that failed its checks was chosen, in this process so far, for any layer.
+    """
+    choose = plans.choose
+
+    def noting(*args: Any) -> plans.Choice:
+        choice = choose(*args)
+        _chosen.update((f"triton:{choice.forward}", f"triton:/{choice.backward}"))
+        return choice
+
+    with patch.object(plans, "choose", noting):
+        record = planned(machine)[index].measure()
+    for subject in sorted(_chosen & set(withheld)):
+        raise AssertionError(f"{subject}: {withheld[subject]}")
+    gc.collect()  # models and their hooks hold each other
+    machine.forget()
+    return [record]
+
+
+def run(
+    machine: Machine, held: Sweep, deadline: float, runner: Apart | Here, withheld: Withheld
+) -> Iterator[tuple[Planned, Record | str]]:
     """What is not held yet, each case with its record or with why it has none; none is begun after the deadline."""
-    for case in planned(machine):
+    doubted = withheld.get(STEP) or withheld.get(ENGINE)
+    for index, case in enumerate(planned(machine)):
         if held.holds(case.case):
             continue
-        if time.monotonic() > deadline:
-            yield case, "left out, for want of time"
+        if doubted is not None or time.monotonic() > deadline:
+            yield case, doubted or "left out, for want of time"
             continue
         try:
-            record = case.measure()
-        except Exception as error:  # Triton's and the compiler's too; the next case has models of its own
-            yield case, graphed.reason(error)
+            (record,) = runner.run(measured, index, machine, withheld, seconds=SECONDS)
+        except Failed as failure:
+            yield case, str(failure)
         else:
             held.put(case.case, [record])
             yield case, record
-        gc.collect()  # models and their hooks hold each other
-        machine.forget()
 
 
-__all__ = ["Planned", "planned", "run"]
+__all__ = ["Planned", "measured", "planned", "run"]

@@ -12,42 +12,54 @@ from adalora_kernels.backends import triton
 from benchmarks.gpu import layers as contest
 from benchmarks.gpu.layers import Call, Case, Layer
 from benchmarks.gpu.machine import Machine, Run
+from benchmarks.gpu.withheld import BOTH, FORWARD, Withheld, why
 from benchmarks.timing import Sample, ratio
 
+NOTHING: Withheld = {}
 
-def measure(case: Case, machine: Machine, compiled: bool = False) -> list[dict[str, Any]]:
+
+def measure(case: Case, machine: Machine, compiled: bool = False, withheld: Withheld = NOTHING) -> list[dict[str, Any]]:
     """Forward, and forward + backward, of every contestant.
 
     Args:
         case: the layer.
         machine: where.
         compiled: whether torch.compile of PEFT's expression takes part.
+        withheld: what failed its checks; who depends on it is not timed, nor is who computes something else here.
 
     Returns:
-        Two records: the case, the direction, the microseconds of each contestant, and their ratios to the frozen linear
-        within the rounds.
+        Two records: the case, the direction, the microseconds of each contestant, their ratios to the frozen linear
+        within the rounds, and who was withheld and why.
     """
     sets = contest.layers(case, machine)
     for layer in sets:
         contest.add_peft(case, layer)
+    plan, configuration, reason = explain(case, sets[0])
+    chosen_forward = plan.partition("/")[0]
     rivals = contest.rivals(case, machine, compiled)
     chosen = {contest.OURS: contest.ours(case, "triton")}
     forward = {name: contest.ours(case, name) for name in contest.forward_plans(case, sets[0])}
     backward = {name: contest.ours(case, name) for name in contest.backward_plans(case, sets[0])}
-    contest.check_equal(rivals | chosen | forward | backward, sets[0])
-    plan, configuration, reason = explain(case, sets[0])
-    about = {
-        "benchmark": "layer", "case": case.record(), "plan": plan, "configuration": configuration, "reason": reason,
-        "saved_bytes": saved_bytes(chosen[contest.OURS], sets[0]),
+    plans = {contest.OURS: plan}
+    plans |= {name: f"{name.partition(':')[2]}/" for name in forward}
+    plans |= {name: chosen_forward + name.partition(":")[2] for name in backward}
+    about: dict[str, Any] = {
+        "benchmark": "layer", "case": case.record(), "plan": plan, "configuration": configuration, "reason": reason
     }  # fmt: skip
     directions: tuple[tuple[str, dict[str, Call], Callable[[str, Call, Layer], Run]], ...] = (
-        ("forward", rivals | chosen | forward, forward_run),
-        ("forward + backward", rivals | chosen | backward, both_run),
+        (FORWARD, rivals | chosen | forward, forward_run),
+        (BOTH, rivals | chosen | backward, both_run),
     )
     records = []
     for direction, calls, prepare in directions:
-        runs = {name: [prepare(name, call, layer) for layer in sets] for name, call in calls.items()}
-        records.append(about | {"direction": direction, "copies": len(sets), **replayed(runs, machine)})
+        out = {name: said for name in calls if name in plans and (said := why(withheld, plans[name], direction))}
+        calls = {name: call for name, call in calls.items() if name not in out}
+        out |= contest.disagreeing(calls, sets[0], direction)
+        if contest.OURS in calls and contest.OURS not in out:
+            about["saved_bytes"] = saved_bytes(calls[contest.OURS], sets[0])
+        runs = {name: [prepare(name, call, layer) for layer in sets] for name, call in calls.items() if name not in out}
+        record = about | {"direction": direction, "copies": len(sets), **replayed(runs, machine)}
+        records.append(record | ({"withheld": out} if out else {}))
     return records
 
 
@@ -106,4 +118,4 @@ def saved_bytes(call: Call, layer: Layer) -> int:
     return sum(t.nbytes for t in saved if t.data_ptr() not in own)
 
 
-__all__ = ["explain", "measure", "replayed", "saved_bytes"]
+__all__ = ["NOTHING", "explain", "measure", "replayed", "saved_bytes"]

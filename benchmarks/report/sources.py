@@ -22,7 +22,8 @@ _COMMANDS = (
     (r".*-sweep", "make gpu PART=i/n"),
     (r".*-steps", "make gpu PART=steps"),
     (r".*-questions", "make gpu PART=questions"),
-    (r".*-tuning", "make tune"),
+    (r".*-sanitizer", "make gpu PART=sanitizer"),
+    (r".*-tuning(-.*)?", "make tune"),
     (r"dry", "make gpu"),
 )
 _SCALE = {"milliseconds": 1.0, "microseconds": 1e-3}

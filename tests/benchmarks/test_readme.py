@@ -48,7 +48,14 @@ def test_section_with_and_without_steps(tmp_path: Path) -> None:
     said = section(folder_of(tmp_path, cpu={"environment": ABOUT, "records": [layer()]}))
     assert "training step, ms" not in said
     with_gpu = folder_of(tmp_path, **{"a-gpu": gpu_content(GPU)})
-    assert "By `make gpu` on a GPU (`benchmarks/results/a-gpu.json`): 3 bounds hold, 1 are missed" in section(with_gpu)
+    said = section(with_gpu)
+    assert "By `make gpu` on a GPU (`benchmarks/results/a-gpu.json`): 3 bounds hold, 1 are missed" in said
+    assert (
+        "| Forward / bare F.linear: at most 1.08 at 4096² and wider, 1.20 below | 1.10 to 1.30 | 1 held, 1 missed |"
+        in said
+    )
+    assert "| Importance alone / a copy of its bytes: at most 1.3 |  | 1 open |" in said
+    assert "| Gradients: bitwise repeatable, like every other check of correctness |  | held |" in said
 
 
 def test_section_names_misses(tmp_path: Path) -> None:
