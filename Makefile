@@ -52,13 +52,18 @@ $(EXTENSION): setup.py $(shell find csrc -type f)
 	-$(PYTHON) setup.py -q build_ext --inplace
 
 # On a machine with a GPU, with its own python3 and packages. DRY=1 interprets tiny shapes; PART=i/n is a share of the
-# full sweep, PART=steps whole training steps, PART=questions what decides between designs.
+# full sweep, PART=steps whole training steps, PART=questions what decides between designs, PART=sanitizer the small
+# shapes under compute-sanitizer. Records go to OUT, by default benchmarks/results, from where earlier ones are read too;
+# nothing is begun after SECONDS.
+ON_GPU = $(if $(DRY),$(BIN)/python,$(PYTHON))
+TOLD = $(if $(DRY),--dry) $(if $(PART),--part $(PART)) $(if $(OUT),--results $(OUT)) $(if $(SECONDS),--seconds $(SECONDS))
 gpu: $(if $(DRY),setup,$(EXTENSION))
-	$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(if $(DRY),--dry) $(if $(PART),--part $(PART))
+	$(ON_GPU) -m benchmarks.gpu $(TOLD)
 
-# Writes adalora_kernels/backends/triton/measured.json, by which plans and tiles are chosen on such a device.
-tune: $(if $(DRY),setup,$(EXTENSION))
-	$(if $(DRY),$(BIN)/python,$(PYTHON)) -m benchmarks.tune $(if $(DRY),--dry)
+# Writes adalora_kernels/backends/triton/measured.json, and to OUT, by which plans and tiles are chosen on such a device.
+# PART=i/n is a share of the kernels, PART=table the table alone, from what is recorded and without a device.
+tune: $(if $(DRY),setup,$(if $(filter table,$(PART)),,$(EXTENSION)))
+	$(ON_GPU) -m benchmarks.tune $(TOLD)
 
 clean:
 	rm -rf .venv build dist *.egg-info demo-output adalora_kernels/*.so
