@@ -116,7 +116,7 @@ class BuildExtension(build_ext):
 
 def extensions() -> list[Extension]:
     """The extension modules of this build."""
-    cpu = [*sources("registration.cpp"), *sources("cpu/*.cpp"), *sources("cpu/simd/*.cpp")]
+    cpu = [*sources("registration.cpp"), *sources("python/*.cpp"), *sources("cpu/*.cpp"), *sources("cpu/simd/*.cpp")]
     modules = [Extension("adalora_kernels._C", cpu, py_limited_api=True)]
     if find_nvcc() is not None and sources("cuda/*.cu"):
         cuda = [*sources("registration_cuda.cpp"), *sources("cuda/*.cpp"), *sources("cuda/*.cu")]

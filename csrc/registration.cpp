@@ -1,29 +1,29 @@
-// Module adalora_kernels._C: schemas of all native ops, and their CPU implementations.
+// Module adalora_kernels._C: schemas of all native ops, and their CPU implementations. Parameters, gradients, matrices and
+// the layers' E come as tables of views (python/read.h), through which they are also written.
 #include <torch/csrc/stable/library.h>
 
-#include "python/module.h"
 #include "cpu/ops.h"
+#include "python/module.h"
+#include "python/read.h"
 
 STABLE_TORCH_LIBRARY(adalora_native, m) {
   m.def("instruction_set() -> str");
   m.def(
-      "importance_update(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor[] params, "
-      "Tensor[] grads, float beta1, float beta2) -> Tensor");
+      "importance_update(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor params, "
+      "Tensor grads, float beta1, float beta2) -> Tensor");
   m.def(
       "importance_layer(Tensor(a!) state, Tensor half, Tensor(b!) scores, Tensor(c!) finite, Tensor shapes, int layer, "
-      "Tensor[] params, Tensor(d!)[] grads, Tensor? slopes, int slopes_A, int slopes_B, float scale, float beta1, "
+      "Tensor params, Tensor grads, Tensor? slopes, int slopes_A, int slopes_B, float scale, float beta1, "
       "float beta2) -> ()");
   m.def(
-      "adamw_update(Tensor shapes, Tensor(a!)[] params, Tensor[] grads, Tensor(b!) moments, Tensor(c!) steps, "
+      "adamw_update(Tensor shapes, Tensor params, Tensor grads, Tensor(b!) moments, Tensor(c!) steps, "
       "Tensor groups, Tensor settings, Tensor grad_scale, Tensor(d!)? state, Tensor(e!)? half, Tensor(f!)? scores, "
       "float beta1, float beta2, bool pre_step) -> Tensor");
-  m.def("total_norm(Tensor[] tensors) -> Tensor");
-  m.def("mask_to_budget(Tensor scores, Tensor(a!) live, Tensor enabled, Tensor(b!)[] lora_E, int budget) -> Tensor");
-  m.def("zero_pruned(Tensor live, Tensor(a!)[] lora_E) -> ()");
-  m.def("orthogonality(Tensor[] lora_A, Tensor[] lora_B, float factor, bool squared) -> (Tensor, Tensor)");
-  m.def(
-      "orthogonality_gradients(Tensor[] lora_A, Tensor[] lora_B, Tensor slopes, float scale, Tensor(a!)[] grads, "
-      "bool add) -> ()");
+  m.def("total_norm(Tensor tensors) -> Tensor");
+  m.def("mask_to_budget(Tensor scores, Tensor(a!) live, Tensor enabled, Tensor lora_E, int budget) -> Tensor");
+  m.def("zero_pruned(Tensor live, Tensor lora_E) -> ()");
+  m.def("orthogonality(Tensor matrices, float factor, bool squared) -> (Tensor, Tensor)");
+  m.def("orthogonality_gradients(Tensor matrices, Tensor slopes, float scale, Tensor grads, bool add) -> ()");
   m.def("dropout(Tensor x, int threshold, float scale, Tensor seed) -> Tensor");
   m.def(
       "lowrank_forward(Tensor x, Tensor lora_A, Tensor lora_E, Tensor lora_B, Tensor? mask, float scaling, "
@@ -51,4 +51,4 @@ STABLE_TORCH_LIBRARY_IMPL(adalora_native, CPU, m) {
   m.impl("lowrank_backward", TORCH_BOX(&adalora::cpu::lowrank_backward));
 }
 
-ADALORA_MODULE(_C)
+ADALORA_MODULE(_C, {"read", adalora::python::read, kFastCall, "read(tensors, place, table, layout): see csrc/python/read.h"})

@@ -3,8 +3,8 @@
 No GPU has run the CUDA code yet. It compiles without spills for sm_80, sm_90a and sm_100a, and tests run its kernels on
 the CPU, thread by thread.
 
-Tensors reach the extension in lists, which it checks and reads at 0.3 µs a tensor: collecting their addresses in Python
-takes longer. Importing this module never fails; ``unavailable_reason`` says why the extension can't be used.
+Many tensors reach the extension as one table (``native_views``). Importing this module never fails;
+``unavailable_reason`` says why the extension can't be used.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from adalora_kernels.backends import native_cuda
 from adalora_kernels.backends.native_cuda import finish_gradients
 from adalora_kernels.backends.native_layer import svd_linear_backward, svd_linear_forward
+from adalora_kernels.backends.native_views import Layout, views_of, views_or_copies
 from adalora_kernels.reference.adamw import Importance
 from adalora_kernels.reference.handover import Handover
 from adalora_kernels.reference.importance import OrthogonalityShare, TripletLayout
@@ -81,16 +82,15 @@ def importance_update(
     _check("half", half, torch.int32, 1, device_type)
     _check("scores", scores, state.dtype, layout.total_rank, device_type)
     sizes = _sizes(layout)
-    none = state.new_empty(0)
-    given = [none if g is None else g for g in grads]
     try:
-        with torch.no_grad():  # else the dispatcher asks each tensor whether it takes part in the graph
-            if handed_over is None:
-                finite: Tensor = ops.importance_update(state, half, scores, sizes, params, given, beta1, beta2)
-            else:
-                finite = native_cuda.importance_handed_over(
-                    state, half, scores, sizes, params, given, *handed_over, beta1, beta2
-                )
+        theta, _held = views_or_copies("params", params, state)
+        given, _held_too = views_or_copies("grads", grads, state)
+        if handed_over is None:
+            finite: Tensor = ops.importance_update(state, half, scores, sizes, theta, given, beta1, beta2)
+        else:
+            finite = native_cuda.importance_handed_over(
+                state, half, scores, sizes, theta, given, *handed_over, beta1, beta2
+            )
     except RuntimeError:
         _refuse_parameters(layout, params, grads, state.device)
         raise
@@ -112,8 +112,14 @@ def importance_layer(
 ) -> None:
     """One layer's share of ``importance_update``, bit for bit; see ``reference.importance.importance_layer``."""
     slopes, offset_A, offset_B, scale = (None, 0, 0, 0.0) if term is None else (*term[:3], term.scale.item())
-    _ops("cpu").importance_layer(
-        state, half, scores, finite, _sizes(layout), layer, params, grads, slopes, offset_A, offset_B, scale,
+    ops = _ops("cpu")
+    theta, _held = views_or_copies("params", params, state)
+    if term is None:
+        given, _held_too = views_or_copies("grads", grads, state)
+    else:  # which are written to
+        given = views_of("grads", grads, state)
+    ops.importance_layer(
+        state, half, scores, finite, _sizes(layout), layer, theta, given, slopes, offset_A, offset_B, scale,
         beta1, beta2,
     )  # fmt: skip
 
@@ -133,12 +139,13 @@ def adamw_update(
 
     Bitwise repeatable, whatever the number of threads.
     """
-    none = moments.new_empty(0)
-    given = [none if g is None else g for g in grads]
+    ops = _ops("cpu")
     averages = (None, None, None, 0.0, 0.0, False) if importance is None else importance
     try:
-        finite: Tensor = _ops("cpu").adamw_update(
-            _sizes(layout), params, given, moments, steps, groups, settings, grad_scale, *averages
+        theta = views_of("params", params, moments)
+        given, _held = views_or_copies("grads", grads, moments)
+        finite: Tensor = ops.adamw_update(
+            _sizes(layout), theta, given, moments, steps, groups, settings, grad_scale, *averages
         )
     except RuntimeError:
         _refuse_parameters(layout, params, grads, moments.device)
@@ -149,7 +156,9 @@ def adamw_update(
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """‖·‖₂ of all tensors together, fp64 [1]. Bitwise repeatable, whatever the number of threads."""
-    norm: Tensor = _ops("cpu").total_norm(tensors)
+    ops = _ops("cpu")
+    table, _held = views_or_copies("tensors", tensors, torch.empty(0), Layout.CONTIGUOUS)
+    norm: Tensor = ops.total_norm(table)
     return norm
 
 
@@ -180,7 +189,8 @@ def mask_to_budget(
             threshold = native_cuda.mask_to_budget(scores, lora_E, budget, live, enabled)
         else:
             enabled = torch.ones(1, dtype=torch.bool) if enabled is None else enabled
-            threshold = ops.mask_to_budget(scores, live, enabled, lora_E, budget)
+            values = views_of("lora_E", lora_E, scores, Layout.CONTIGUOUS_ROWS)
+            threshold = ops.mask_to_budget(scores, live, enabled, values, budget)
     except RuntimeError:
         _refuse_values(lora_E, scores.numel(), scores.device)
         raise
@@ -193,7 +203,7 @@ def zero_pruned(live: Tensor, lora_E: Sequence[Tensor]) -> None:
     ops = _ops(live.device.type)
     _check("live", live, torch.bool, live.numel(), live.device.type)
     try:
-        ops.zero_pruned(live, lora_E)
+        ops.zero_pruned(live, views_of("lora_E", lora_E, live, Layout.CONTIGUOUS_ROWS))
     except RuntimeError:
         _refuse_values(lora_E, live.numel(), live.device)
         raise
@@ -211,14 +221,15 @@ def orthogonality(
     if not lora_A or len(lora_A) != len(lora_B):
         raise ValueError(f"lora_A, lora_B: expected the same number, at least 1, got {len(lora_A)} and {len(lora_B)}")
     factor = weight if squared else weight / (2 * len(lora_A))
+    matrices = [*lora_A, *lora_B]
     try:
-        result: tuple[Tensor, Tensor] = ops.orthogonality(lora_A, lora_B, factor, squared)
+        table, _held = views_or_copies("lora_A, lora_B", matrices, torch.empty(0))
+        result: tuple[Tensor, Tensor] = ops.orthogonality(table, factor, squared)
     except RuntimeError:
         for name, factors in (("lora_A", lora_A), ("lora_B", lora_B)):
             if flat := [i for i, m in enumerate(factors) if m.dim() != 2]:
                 i = flat[0]
                 raise ValueError(f"{name}[{i}]: expected 2 dimensions, got {list(factors[i].shape)}") from None
-        matrices = [*lora_A, *lora_B]
         _refuse("lora_A, lora_B", matrices, [m.shape for m in matrices], torch.device("cpu"))
         raise
     return result
@@ -233,7 +244,9 @@ def orthogonality_gradients(
     add: bool,
 ) -> None:
     """The gradients of all matrices, written or added; see ``reference.orthogonality.orthogonality_gradients``."""
-    _ops("cpu").orthogonality_gradients(lora_A, lora_B, slopes, scale.item(), grads, add)
+    ops = _ops("cpu")
+    table, _held = views_or_copies("lora_A, lora_B", [*lora_A, *lora_B], slopes)
+    ops.orthogonality_gradients(table, slopes, scale.item(), views_of("grads", grads, slopes), add)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adalora_kernels.backends.native_views import Layout, views_of, views_or_copies
 from adalora_kernels.reference.handover import Handover, LayerImportance
 from adalora_kernels.reference.svd_linear import Adapter
 
@@ -20,8 +21,8 @@ def importance_handed_over(
     half: Tensor,
     scores: Tensor,
     sizes: Tensor,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    params: Tensor,
+    grads: Tensor,
     handover: Handover,
     known: list[bool],
     beta1: float,
@@ -29,7 +30,7 @@ def importance_handed_over(
 ) -> Tensor:
     """``native.importance_update`` where backwards have updated the ``known`` gradients' parameters.
 
-    ``sizes``: R, K, N of each layer, int64 [3, n] on the CPU. A gradient without elements: there is none.
+    ``sizes``: R, K, N of each layer, int64 [3, n] on the CPU. ``params``, ``grads``: their tables (``native_views``).
     """
     on_host = torch.tensor(known, dtype=torch.bool)
     finite: Tensor = torch.ops.adalora_native.importance_handed_over(
@@ -49,15 +50,16 @@ def finish_gradients(
         RuntimeError: a shape, dtype or device that the kernel does not take. Nothing changes.
     """
     lora_A, lora_E, lora_B, mask, _, scaling, _, _ = adapter
-    none = importance.state.new_empty(0)
+    params, _held = views_or_copies("params", [lora_A, lora_E, lora_B], importance.state)
+    before, _held_too = views_or_copies("before", importance.before, importance.state)
     slopes, offset_A, offset_B, scale = (None, 0, 0, None) if importance.term is None else importance.term
     gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.adalora_native.finish_gradients(
         t,
         da_shares,
-        [lora_A.detach(), lora_E.detach(), lora_B.detach()],
+        params,
         None if mask is None else mask.reshape(-1).float(),
         scaling,
-        [none if g is None else g for g in importance.before],
+        before,
         None if slopes is None else slopes.float(),
         offset_A,
         offset_B,
@@ -83,7 +85,8 @@ def mask_to_budget(
         RuntimeError: a shape, dtype or device that the kernel does not take. Nothing changes.
     """
     number, on_device = (0, budget) if isinstance(budget, Tensor) else (budget, None)
-    threshold: Tensor = torch.ops.adalora_native.mask_by_selection(scores, live, enabled, lora_E, number, on_device)
+    values = views_of("lora_E", lora_E, scores, Layout.CONTIGUOUS_ROWS)
+    threshold: Tensor = torch.ops.adalora_native.mask_by_selection(scores, live, enabled, values, number, on_device)
     return threshold
 
 

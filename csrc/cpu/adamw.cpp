@@ -69,7 +69,7 @@ Tensor answer(bool value) {
 
 }  // namespace
 
-Tensor adamw_update(const Tensor& shapes, std::vector<Tensor> params, std::vector<Tensor> grads, Tensor moments,
+Tensor adamw_update(const Tensor& shapes, const Tensor& params, const Tensor& grads, Tensor moments,
                     Tensor steps, const Tensor& groups, const Tensor& settings, const Tensor& grad_scale,
                     std::optional<Tensor> state, std::optional<Tensor> half, std::optional<Tensor> scores, double beta1,
                     double beta2, bool pre_step) {
@@ -84,9 +84,8 @@ Tensor adamw_update(const Tensor& shapes, std::vector<Tensor> params, std::vecto
   check_contiguous(groups, ScalarType::Long, 3 * layers, "groups");
   check_contiguous(settings, ScalarType::Double, settings.numel(), "settings");
   check_contiguous(grad_scale, ScalarType::Double, 1, "grad_scale");
-  for (const Tensor& param : params) STD_TORCH_CHECK(param.is_contiguous(), "params: expected contiguous tensors");
-  const std::vector<Operand> read_params = operands_of(params, sizes, layers, moments, "params", false);
-  const std::vector<Operand> read_grads = operands_of(grads, sizes, layers, moments, "grads", true);
+  const std::vector<Operand> read_params = operands_of(views_of(params, "params"), sizes, layers, "params", false);
+  const std::vector<Operand> read_grads = operands_of(views_of(grads, "grads"), sizes, layers, "grads", true);
   const int64_t* group = static_cast<const int64_t*>(groups.const_data_ptr());
   for (int64_t i = 0; i < 3 * layers; ++i)
     STD_TORCH_CHECK(group[i] >= 0 && kSettings * (group[i] + 1) <= settings.numel(), "groups: no such row of settings");
@@ -120,24 +119,21 @@ Tensor adamw_update(const Tensor& shapes, std::vector<Tensor> params, std::vecto
 }
 
 // ‖·‖₂ of all tensors together, fp64 [1], bitwise repeatable.
-Tensor total_norm(std::vector<Tensor> tensors) {
-  std::vector<double> sums(tensors.size());
-  std::vector<Operand> operands;
+Tensor total_norm(const Tensor& tensors) {
+  const std::span<const View> views = views_of(tensors, "tensors");
+  std::vector<double> sums(views.size());
   int64_t elements = 0;
-  for (Tensor& tensor : tensors) {
-    STD_TORCH_CHECK(tensor.is_cpu(), "tensors: expected all on the CPU");
-    if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
-    operands.push_back({tensor.mutable_data_ptr(), float_dtype(tensor, "tensors")});
-    elements += tensor.numel();
+  for (const View& view : views) {
+    STD_TORCH_CHECK(view.there() && view.contiguous(), "tensors: expected contiguous tensors");
+    elements += view.elements();
   }
   const auto& kernels = ADALORA_KERNELS(adamw_kernels);
   for_each_item(
-      static_cast<int64_t>(tensors.size()), elements >= triplet_sweep::kThreadedElements, [] { return 0; },
+      static_cast<int64_t>(views.size()), elements >= triplet_sweep::kThreadedElements, [] { return 0; },
       [&](int64_t i, int) {
-        const Operand& operand = operands[i];
-        const bool fp64 = operand.dtype == DType::kFloat64;
-        sums[i] = fp64 ? kernels.f64.square_sum(operand.data, operand.dtype, tensors[i].numel())
-                       : kernels.f32.square_sum(operand.data, operand.dtype, tensors[i].numel());
+        const View& view = views[i];
+        const auto square_sum = view.dtype == DType::kFloat64 ? kernels.f64.square_sum : kernels.f32.square_sum;
+        sums[i] = square_sum(view.data, view.dtype, view.elements());
       });
   double total = 0;
   for (const double sum : sums) total += sum;

@@ -36,40 +36,36 @@ void prune(const Tensor& scores, int64_t budget, bool enabled, bool* live, void*
   for (int64_t i = 0; i < scores.numel(); ++i) live[i] = begin[i] > limit;
 }
 
-// Before anything is written: each E is [R, 1], floating-point, on the CPU, and they have as many values as triplets.
-void check_values(const std::vector<Tensor>& values, int64_t total) {
+// The layers' E, which are [R, 1] and have `total` values in all.
+std::span<const View> values_of(const Tensor& lora_E, int64_t total) {
+  const std::span<const View> values = views_of(lora_E, "lora_E");
   int64_t count = 0;
-  for (const Tensor& e : values) {
-    STD_TORCH_CHECK(e.is_cpu() && e.dim() == 2 && e.size(1) == 1, "lora_E: expected [R, 1] on the CPU");
-    float_dtype(e, "lora_E");
-    count += e.size(0);
+  for (const View& e : values) {
+    STD_TORCH_CHECK(e.there() && e.columns == 1, "lora_E: expected [R, 1]");
+    count += e.rows;
   }
   STD_TORCH_CHECK(count == total, "lora_E: expected ", total, " values, got ", count);
+  return values;
 }
 
-void zero_values(const Tensor& live, const std::vector<Tensor>& values) {
+void zero_values(const Tensor& live, std::span<const View> values) {
   check_contiguous(live, ScalarType::Bool, live.numel(), "live");
   const bool* alive = static_cast<const bool*>(live.const_data_ptr());
-  for (const Tensor& e : values) {
-    const int64_t count = e.size(0), stride = e.stride(0);
-    void* data = e.mutable_data_ptr();
-    switch (size_of(float_dtype(e, "lora_E"))) {
-      case 8: zero<uint64_t>(data, count, stride, alive); break;
-      case 4: zero<uint32_t>(data, count, stride, alive); break;
-      default: zero<uint16_t>(data, count, stride, alive);
+  for (const View& e : values) {
+    switch (size_of(e.dtype)) {
+      case 8: zero<uint64_t>(e.data, e.rows, e.stride, alive); break;
+      case 4: zero<uint32_t>(e.data, e.rows, e.stride, alive); break;
+      default: zero<uint16_t>(e.data, e.rows, e.stride, alive);
     }
-    alive += count;
+    alive += e.rows;
   }
 }
 
 }  // namespace
 
-void zero_pruned(const Tensor& live, std::vector<Tensor> values) {
-  check_values(values, live.numel());
-  zero_values(live, values);
-}
+void zero_pruned(const Tensor& live, const Tensor& lora_E) { zero_values(live, values_of(lora_E, live.numel())); }
 
-Tensor mask_to_budget(const Tensor& scores, Tensor live, const Tensor& enabled, std::vector<Tensor> values,
+Tensor mask_to_budget(const Tensor& scores, Tensor live, const Tensor& enabled, const Tensor& lora_E,
                       int64_t budget) {
   const ScalarType dtype = scores.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "scores: expected float32 or float64");
@@ -77,7 +73,7 @@ Tensor mask_to_budget(const Tensor& scores, Tensor live, const Tensor& enabled, 
   check_contiguous(scores, dtype, scores.numel(), "scores");
   check_contiguous(live, ScalarType::Bool, scores.numel(), "live");
   check_contiguous(enabled, ScalarType::Bool, 1, "enabled");
-  check_values(values, scores.numel());
+  const std::span<const View> values = values_of(lora_E, scores.numel());
   const bool taken = *static_cast<const bool*>(enabled.const_data_ptr());
   Tensor threshold = torch::stable::new_empty(scores, {});
   bool* alive = static_cast<bool*>(live.mutable_data_ptr());

@@ -51,13 +51,13 @@ bool update_any(const Tensor& state, const Averages& averages, int64_t first, co
 
 }  // namespace
 
-Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, std::vector<Tensor> params,
-                         std::vector<Tensor> grads, double beta1, double beta2) {
+Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& params,
+                         const Tensor& grads, double beta1, double beta2) {
   const int64_t layers = check_table(shapes, 3, "shapes");
   const int64_t* sizes = static_cast<const int64_t*>(shapes.const_data_ptr());
   const Averages averages = averages_of(state, half, scores, sizes, layers);
-  const std::vector<Operand> read_params = operands_of(params, sizes, layers, state, "params", false);
-  const std::vector<Operand> read_grads = operands_of(grads, sizes, layers, state, "grads", true);
+  const std::vector<Operand> read_params = operands_of(views_of(params, "params"), sizes, layers, "params", false);
+  const std::vector<Operand> read_grads = operands_of(views_of(grads, "grads"), sizes, layers, "grads", true);
   const bool taken =
       update_any(state, averages, 0, scores, 0, sizes, layers, read_params, read_grads, beta1, beta2);
   if (taken) averages.flip();
@@ -67,7 +67,7 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
 }
 
 void importance_layer(Tensor state, const Tensor& half, Tensor scores, Tensor finite, const Tensor& shapes,
-                      int64_t layer, std::vector<Tensor> params, std::vector<Tensor> grads,
+                      int64_t layer, const Tensor& params, const Tensor& grads,
                       std::optional<Tensor> slopes, int64_t slopes_A, int64_t slopes_B, double scale, double beta1,
                       double beta2) {
   const int64_t layers = check_table(shapes, 3, "shapes");
@@ -81,11 +81,12 @@ void importance_layer(Tensor state, const Tensor& half, Tensor scores, Tensor fi
     rank += sizes[i];
   }
   const int64_t own[3] = {sizes[layer], sizes[layers + layer], sizes[2 * layers + layer]};
-  const std::vector<Operand> read_params = operands_of(params, own, 1, state, "params", false);
-  const std::vector<Operand> read_grads = operands_of(grads, own, 1, state, "grads", true);
+  const std::span<const View> theta = views_of(params, "params"), gradients = views_of(grads, "grads");
+  const std::vector<Operand> read_params = operands_of(theta, own, 1, "params", false);
+  const std::vector<Operand> read_grads = operands_of(gradients, own, 1, "grads", true);
   if (slopes.has_value()) {
-    add_orthogonality_gradient(params[0], false, *slopes, slopes_A, scale, grads[0]);
-    add_orthogonality_gradient(params[2], true, *slopes, slopes_B, scale, grads[2]);
+    add_orthogonality_gradient(theta[0], false, *slopes, slopes_A, scale, gradients[0]);
+    add_orthogonality_gradient(theta[2], true, *slopes, slopes_B, scale, gradients[2]);
   }
   static_cast<bool*>(finite.mutable_data_ptr())[layer] =
       update_any(state, averages, first, scores, rank, own, 1, read_params, read_grads, beta1, beta2);

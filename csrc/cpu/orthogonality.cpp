@@ -25,24 +25,30 @@ struct Matrix {
   int64_t slopes;  // where its R² slopes begin
 };
 
-// All A, then all B. Copies that operand_of makes live in the vectors.
-std::vector<Matrix> matrices_of(std::vector<Tensor>& lora_A, std::vector<Tensor>& lora_B) {
-  STD_TORCH_CHECK(!lora_A.empty() && lora_A.size() == lora_B.size(), "lora_A, lora_B: expected as many of each");
-  bring_in(lora_A);
-  bring_in(lora_B);
+Matrix matrix_of(const View& view, bool columns, int64_t slopes) {
+  STD_TORCH_CHECK(view.there() && view.contiguous(), "matrices: expected contiguous ones");
+  return {view.data, view.dtype, columns ? view.columns : view.rows, columns ? view.rows : view.columns, columns, slopes};
+}
+
+// Of all A, then all B.
+std::vector<Matrix> matrices_of(const Tensor& table) {
+  const std::span<const View> views = views_of(table, "matrices");
+  STD_TORCH_CHECK(!views.empty() && views.size() % 2 == 0, "matrices: expected as many A as B");
   std::vector<Matrix> matrices;
-  matrices.reserve(2 * lora_A.size());
+  matrices.reserve(views.size());
   int64_t slopes = 0;
-  const auto add = [&](Tensor& tensor, bool columns) {
-    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.is_cpu(), "lora_A, lora_B: expected matrices on the CPU");
-    const int64_t rank = tensor.size(columns), length = tensor.size(!columns);
-    const Operand read = operand_of(tensor, tensor.size(0), tensor.size(1), tensor, "lora_A, lora_B");
-    matrices.push_back({read.data, read.dtype, rank, length, columns, slopes});
-    slopes += rank * rank;
-  };
-  for (Tensor& a : lora_A) add(a, false);
-  for (Tensor& b : lora_B) add(b, true);
+  for (size_t i = 0; i < views.size(); ++i) {
+    matrices.push_back(matrix_of(views[i], i >= views.size() / 2, slopes));
+    slopes += matrices.back().rank * matrices.back().rank;
+  }
   return matrices;
+}
+
+// Where a matrix's gradient lies, which has its size and dtype.
+void* gradient_of(const View& view, const Matrix& m) {
+  const bool fits = view.there() && view.contiguous() && view.elements() == m.rank * m.length && view.dtype == m.dtype;
+  STD_TORCH_CHECK(fits, "grads: expected contiguous tensors of the matrices' sizes and dtypes");
+  return view.data;
 }
 
 int64_t slopes_of(const std::vector<Matrix>& matrices) {
@@ -146,34 +152,29 @@ void differentiate_all(const std::vector<Matrix>& matrices, const GramKernels<T>
 }
 
 template <typename T>
-void add_gradient(Tensor& matrix, bool columns, const GramKernels<T>& kernels, const T* slopes, double scale,
-                  const Tensor& grad) {
+void add_gradient(const Matrix& m, const GramKernels<T>& kernels, const T* slopes, double scale, void* gradient) {
   Scratch<T> scratch;
-  const int64_t rank = matrix.size(columns), length = matrix.size(!columns);
-  const Operand read = operand_of(matrix, matrix.size(0), matrix.size(1), grad, "lora_A, lora_B");
-  check_contiguous(grad, matrix.scalar_type(), rank * length, "grads");
-  const Matrix m{read.data, read.dtype, rank, length, columns, 0};
-  differentiate(m, kernels, slopes, static_cast<T>(scale), grad.mutable_data_ptr(), true, scratch);
+  differentiate(m, kernels, slopes + m.slopes, static_cast<T>(scale), gradient, true, scratch);
 }
 
 }  // namespace
 
-void add_orthogonality_gradient(Tensor matrix, bool columns, const Tensor& slopes, int64_t offset, double scale,
-                                const Tensor& grad) {
-  const int64_t rank = matrix.size(columns);
+void add_orthogonality_gradient(const View& matrix, bool columns, const Tensor& slopes, int64_t offset, double scale,
+                                const View& grad) {
+  const Matrix m = matrix_of(matrix, columns, offset);
+  void* gradient = gradient_of(grad, m);
   check_contiguous(slopes, slopes.scalar_type(), slopes.numel(), "slopes");
-  STD_TORCH_CHECK(offset >= 0 && offset + rank * rank <= slopes.numel(), "slopes: no such matrix");
+  STD_TORCH_CHECK(offset >= 0 && offset + m.rank * m.rank <= slopes.numel(), "slopes: no such matrix");
   const auto& kernels = ADALORA_KERNELS(orthogonality_kernels);
   if (slopes.scalar_type() == ScalarType::Double) {
-    add_gradient(matrix, columns, kernels.f64, static_cast<const double*>(slopes.const_data_ptr()) + offset, scale, grad);
+    add_gradient(m, kernels.f64, static_cast<const double*>(slopes.const_data_ptr()), scale, gradient);
   } else {
-    add_gradient(matrix, columns, kernels.f32, static_cast<const float*>(slopes.const_data_ptr()) + offset, scale, grad);
+    add_gradient(m, kernels.f32, static_cast<const float*>(slopes.const_data_ptr()), scale, gradient);
   }
 }
 
-std::tuple<Tensor, Tensor> orthogonality(std::vector<Tensor> lora_A, std::vector<Tensor> lora_B, double factor,
-                                         bool squared) {
-  const std::vector<Matrix> matrices = matrices_of(lora_A, lora_B);
+std::tuple<Tensor, Tensor> orthogonality(const Tensor& table, double factor, bool squared) {
+  const std::vector<Matrix> matrices = matrices_of(table);
   bool fp64 = false;
   for (const Matrix& m : matrices) fp64 |= m.dtype == DType::kFloat64;
   const ScalarType dtype = fp64 ? ScalarType::Double : ScalarType::Float;
@@ -190,23 +191,16 @@ std::tuple<Tensor, Tensor> orthogonality(std::vector<Tensor> lora_A, std::vector
   return {value, slopes};
 }
 
-void orthogonality_gradients(std::vector<Tensor> lora_A, std::vector<Tensor> lora_B, const Tensor& slopes,
-                             double scale, std::vector<Tensor> grads, bool add) {
-  const std::vector<Matrix> matrices = matrices_of(lora_A, lora_B);
+void orthogonality_gradients(const Tensor& table, const Tensor& slopes, double scale, const Tensor& grads, bool add) {
+  const std::vector<Matrix> matrices = matrices_of(table);
   const ScalarType dtype = slopes.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "slopes: expected float32 or float64");
   check_contiguous(slopes, dtype, slopes_of(matrices), "slopes");
-  STD_TORCH_CHECK(grads.size() == matrices.size(), "grads: expected one for each matrix");
-  bring_in(grads);
+  const std::span<const View> targets = views_of(grads, "grads");
+  STD_TORCH_CHECK(targets.size() == matrices.size(), "grads: expected one for each matrix");
   std::vector<void*> gradients;
-  gradients.reserve(grads.size());
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const Matrix& m = matrices[i];
-    const bool fits = grads[i].is_cpu() && grads[i].is_contiguous() && grads[i].numel() == m.rank * m.length &&
-                      float_dtype(grads[i], "grads") == m.dtype;
-    STD_TORCH_CHECK(fits, "grads: expected contiguous tensors of the matrices' sizes and dtypes on the CPU");
-    gradients.push_back(grads[i].mutable_data_ptr());
-  }
+  gradients.reserve(targets.size());
+  for (size_t i = 0; i < targets.size(); ++i) gradients.push_back(gradient_of(targets[i], matrices[i]));
   const auto& kernels = ADALORA_KERNELS(orthogonality_kernels);
   if (dtype == ScalarType::Double) {
     differentiate_all(matrices, kernels.f64, static_cast<const double*>(slopes.const_data_ptr()), scale, gradients, add);

@@ -12,23 +12,20 @@ namespace adalora::cuda {
 
 namespace {
 
-// Lists of the layers' E, which are [R, 1], floating-point, beside `place`, and have `total` values in all.
-std::vector<ValuesList> lists_of(const std::vector<Tensor>& lora_E, int64_t total, const Tensor& place) {
+// Lists of the layers' E, which are [R, 1] and have `total` values in all.
+std::vector<ValuesList> lists_of(const Tensor& lora_E, int64_t total) {
   constexpr int64_t limit = std::numeric_limits<int32_t>::max();
   STD_TORCH_CHECK(total <= limit, "lora_E: expected at most ", limit, " values, got ", total);
   std::vector<ValuesList> lists(1);
   int64_t first = 0;
-  for (const Tensor& e : lora_E) {
-    STD_TORCH_CHECK(e.dim() == 2 && e.size(1) == 1, "lora_E: expected [R, 1]");
-    check_beside(place, {&e}, "lora_E");
-    const int64_t count = e.size(0), stride = e.stride(0);
-    STD_TORCH_CHECK(first + count <= total && stride <= limit, "lora_E: expected ", total, " values, got more");
+  for (const View& e : views_of(lora_E, "lora_E")) {
+    STD_TORCH_CHECK(e.there() && e.columns == 1, "lora_E: expected [R, 1]");
+    STD_TORCH_CHECK(first + e.rows <= total && e.stride <= limit, "lora_E: expected ", total, " values, got more");
     if (lists.back().count == kValuesPerLaunch) lists.emplace_back();
     ValuesList& list = lists.back();
-    list.values[list.count++] = {e.mutable_data_ptr(), static_cast<int32_t>(first), static_cast<int32_t>(count),
-                                 static_cast<int32_t>(stride),
-                                 static_cast<uint8_t>(size_of(float_dtype(e, "lora_E")))};
-    first += count;
+    list.values[list.count++] = {e.data, static_cast<int32_t>(first), static_cast<int32_t>(e.rows),
+                                 static_cast<int32_t>(e.stride), static_cast<uint8_t>(size_of(e.dtype))};
+    first += e.rows;
   }
   STD_TORCH_CHECK(first == total, "lora_E: expected ", total, " values, got ", first);
   return lists;
@@ -36,16 +33,16 @@ std::vector<ValuesList> lists_of(const std::vector<Tensor>& lora_E, int64_t tota
 
 }  // namespace
 
-void zero_pruned(const Tensor& live, std::vector<Tensor> lora_E) {
+void zero_pruned(const Tensor& live, const Tensor& lora_E) {
   check_contiguous(live, ScalarType::Bool, live.numel(), "live");
-  const std::vector<ValuesList> lists = lists_of(lora_E, live.numel(), live);
+  const std::vector<ValuesList> lists = lists_of(lora_E, live.numel());
   const torch::stable::accelerator::DeviceGuard guard(live.get_device_index());
   const cudaError_t error =
       zero_pruned(lists, static_cast<const bool*>(live.const_data_ptr()), current_stream(live.get_device_index()));
   STD_TORCH_CHECK(error == cudaSuccess, "zero_pruned: ", cudaGetErrorString(error));
 }
 
-Tensor mask_by_selection(const Tensor& scores, Tensor live, std::optional<Tensor> enabled, std::vector<Tensor> lora_E,
+Tensor mask_by_selection(const Tensor& scores, Tensor live, std::optional<Tensor> enabled, const Tensor& lora_E,
                          int64_t number, std::optional<Tensor> on_device) {
   const ScalarType dtype = scores.scalar_type();
   const int64_t total = scores.numel();
@@ -63,7 +60,7 @@ Tensor mask_by_selection(const Tensor& scores, Tensor live, std::optional<Tensor
     STD_TORCH_CHECK(fits, "budget: expected one int32 or int64");
     check_beside(scores, {&*on_device}, "budget");
   }
-  const std::vector<ValuesList> lists = lists_of(lora_E, total, scores);
+  const std::vector<ValuesList> lists = lists_of(lora_E, total);
   const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
   const cudaStream_t stream = current_stream(scores.get_device_index());
   Tensor threshold = torch::stable::new_empty(scores, {});

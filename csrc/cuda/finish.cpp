@@ -19,6 +19,12 @@ void check_shares(const Tensor& shares, int64_t length, int64_t r, const char* n
   check_contiguous(shares, ScalarType::Float, shares.numel(), name);
 }
 
+// In 16 or 32 bits.
+ScalarType scalar_type(DType dtype) {
+  STD_TORCH_CHECK(dtype != DType::kFloat64, "params: expected 16 or 32 bits");
+  return dtype == DType::kFloat32 ? ScalarType::Float : dtype == DType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half;
+}
+
 const float* floats(const std::optional<Tensor>& tensor, int64_t offset = 0) {
   return tensor.has_value() ? static_cast<const float*>(tensor->const_data_ptr()) + offset : nullptr;
 }
@@ -26,20 +32,21 @@ const float* floats(const std::optional<Tensor>& tensor, int64_t offset = 0) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> finish_gradients(const Tensor& t_shares, const Tensor& a_shares,
-                                                    std::vector<Tensor> params, std::optional<Tensor> mask,
-                                                    double scaling, std::vector<Tensor> before,
+                                                    const Tensor& params, std::optional<Tensor> mask,
+                                                    double scaling, const Tensor& before,
                                                     std::optional<Tensor> slopes, int64_t slopes_A, int64_t slopes_B,
                                                     std::optional<Tensor> scale, Tensor state, const Tensor& half,
                                                     int64_t first, Tensor sums, Tensor probes, Tensor ticket,
                                                     double beta1, double beta2) {
-  STD_TORCH_CHECK(params.size() == 3 && params[0].dim() == 2 && params[2].dim() == 2, "params: expected A, E and B");
+  const std::span<const View> theta = views_of(params, "params");
+  STD_TORCH_CHECK(theta.size() == 3, "params: expected A, E and B");
   constexpr int64_t limit = std::numeric_limits<int32_t>::max() / 2;
-  const int64_t r = params[0].size(0), k = params[0].size(1), n = params[2].size(0);
+  const int64_t r = theta[0].rows, k = theta[0].columns, n = theta[2].rows;
   STD_TORCH_CHECK(0 < r && r <= kFinishThreads, "params: expected a rank from 1 to ", kFinishThreads, ", got ", r);
   STD_TORCH_CHECK(0 < k && k < limit && 0 < n && n < limit, "params: expected 1 to ", limit, " rows and columns");
   const int64_t sizes[3] = {r, k, n};
-  const std::vector<Operand> own = operands_of(params, sizes, 1, state, "params", false);
-  const std::vector<Operand> there = operands_of(before, sizes, 1, state, "before", true);
+  const std::vector<Operand> own = operands_of(theta, sizes, 1, "params", false);
+  const std::vector<Operand> there = operands_of(views_of(before, "before"), sizes, 1, "before", true);
   check_shares(t_shares, n, r, "t_shares");
   check_shares(a_shares, k, r, "a_shares");
   STD_TORCH_CHECK(t_shares.size(2) == a_shares.size(2), "t_shares, a_shares: expected one padded rank");
@@ -65,13 +72,13 @@ std::tuple<Tensor, Tensor, Tensor> finish_gradients(const Tensor& t_shares, cons
   }
 
   const torch::stable::accelerator::DeviceGuard guard(state.get_device_index());
-  Tensor grads[3] = {torch::stable::empty_like(params[0]), torch::stable::empty_like(params[1]),
-                     torch::stable::empty_like(params[2])};
+  Tensor grads[3] = {torch::stable::new_empty(state, {r, k}, scalar_type(own[0].dtype)),
+                     torch::stable::new_empty(state, {r, 1}, scalar_type(own[1].dtype)),
+                     torch::stable::new_empty(state, {n, r}, scalar_type(own[2].dtype))};
   const int64_t blocks = finish_blocks(static_cast<int32_t>(n), static_cast<int32_t>(r));
   Tensor column_sums = torch::stable::new_empty(state, {blocks, r});
   Finish layer{.smoothing = {beta1, beta2}};
   for (int64_t part = 0; part < 3; ++part) {
-    STD_TORCH_CHECK(own[part].dtype != DType::kFloat64, "params: expected 16 or 32 bits");
     STD_TORCH_CHECK(there[part].data == nullptr || there[part].dtype == own[part].dtype,
                     "before: expected the parameters' dtypes");
     layer.param[part] = own[part].data;

@@ -45,24 +45,24 @@ Tensor update(const Tensor& state, const Tensor& half, const Tensor& scores, con
 
 }  // namespace
 
-Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, std::vector<Tensor> params,
-                         std::vector<Tensor> grads, double beta1, double beta2) {
+Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& params,
+                         const Tensor& grads, double beta1, double beta2) {
   const int64_t layers = check_table(shapes, 3, "shapes");
   const int64_t* sizes = static_cast<const int64_t*>(shapes.const_data_ptr());
-  const Plan plan = plan_of(sizes, layers, operands_of(params, sizes, layers, state, "params", false),
-                            operands_of(grads, sizes, layers, state, "grads", true));
+  const Plan plan = plan_of(sizes, layers, operands_of(views_of(params, "params"), sizes, layers, "params", false),
+                            operands_of(views_of(grads, "grads"), sizes, layers, "grads", true));
   return update(state, half, scores, plan, {}, beta1, beta2);
 }
 
 Tensor importance_handed_over(Tensor state, Tensor half, Tensor scores, const Tensor& shapes,
-                              std::vector<Tensor> params, std::vector<Tensor> grads, Tensor sums, Tensor probes,
+                              const Tensor& params, const Tensor& grads, Tensor sums, Tensor probes,
                               Tensor redone, const Tensor& known, double beta1, double beta2) {
   const int64_t layers = check_table(shapes, 3, "shapes");
   const int64_t* sizes = static_cast<const int64_t*>(shapes.const_data_ptr());
   STD_TORCH_CHECK(known.is_cpu(), "known: expected on the CPU");
   check_contiguous(known, ScalarType::Bool, 3 * layers, "known");
-  const Plan plan = plan_of(sizes, layers, operands_of(params, sizes, layers, state, "params", false),
-                            operands_of(grads, sizes, layers, state, "grads", true),
+  const Plan plan = plan_of(sizes, layers, operands_of(views_of(params, "params"), sizes, layers, "params", false),
+                            operands_of(views_of(grads, "grads"), sizes, layers, "grads", true),
                             static_cast<const bool*>(known.const_data_ptr()));
   check_contiguous(sums, ScalarType::Float, plan.left, "sums");
   check_contiguous(probes, ScalarType::Float, 3 * layers * kProbes, "probes");

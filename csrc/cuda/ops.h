@@ -10,28 +10,28 @@
 
 namespace adalora::cuda {
 
-Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, std::vector<Tensor> params,
-                         std::vector<Tensor> grads, double beta1, double beta2);
+Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& params,
+                         const Tensor& grads, double beta1, double beta2);
 
 // The same where backwards have left `sums` and `probes` of those gradients that are `known`, a table on the CPU.
 Tensor importance_handed_over(Tensor state, Tensor half, Tensor scores, const Tensor& shapes,
-                              std::vector<Tensor> params, std::vector<Tensor> grads, Tensor sums, Tensor probes,
+                              const Tensor& params, const Tensor& grads, Tensor sums, Tensor probes,
                               Tensor redone, const Tensor& known, double beta1, double beta2);
 
 // dA, dE, dB from the shares that slabs of rows left; writes this layer's averages, `sums` and `probes`. `before`: the
 // gradients that were there; a tensor without elements stands for one that was not.
 std::tuple<Tensor, Tensor, Tensor> finish_gradients(const Tensor& t_shares, const Tensor& a_shares,
-                                                    std::vector<Tensor> params, std::optional<Tensor> mask,
-                                                    double scaling, std::vector<Tensor> before,
+                                                    const Tensor& params, std::optional<Tensor> mask,
+                                                    double scaling, const Tensor& before,
                                                     std::optional<Tensor> slopes, int64_t slopes_A, int64_t slopes_B,
                                                     std::optional<Tensor> scale, Tensor state, const Tensor& half,
                                                     int64_t first, Tensor sums, Tensor probes, Tensor ticket,
                                                     double beta1, double beta2);
 
-void zero_pruned(const Tensor& live, std::vector<Tensor> lora_E);
+void zero_pruned(const Tensor& live, const Tensor& lora_E);
 
 // The threshold. `number` of triplets may stay, or as many as the integer `on_device` says.
-Tensor mask_by_selection(const Tensor& scores, Tensor live, std::optional<Tensor> enabled, std::vector<Tensor> lora_E,
+Tensor mask_by_selection(const Tensor& scores, Tensor live, std::optional<Tensor> enabled, const Tensor& lora_E,
                          int64_t number, std::optional<Tensor> on_device);
 
 // All of them on CUDA, on the device of `place`.

@@ -37,7 +37,7 @@ using EmulatedGuard = emulated::DeviceGuard;
 
 STABLE_TORCH_LIBRARY_FRAGMENT(adalora_emulated, m) {
   m.def(
-      "importance_update(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor[] params, "
-      "Tensor[] grads, float beta1, float beta2) -> Tensor");
-  m.def("zero_pruned(Tensor live, Tensor(a!)[] lora_E) -> ()");
+      "importance_update(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor params, "
+      "Tensor grads, float beta1, float beta2) -> Tensor");
+  m.def("zero_pruned(Tensor live, Tensor lora_E) -> ()");
 }

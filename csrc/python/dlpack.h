@@ -1,0 +1,46 @@
+// The part of DLPack's C exchange that says of a tensor what it is, without owning it or waiting for a stream. As
+// DLPack 1.3 fixes it: torch has that header, but not beside its stable ABI.
+#pragma once
+
+#include <cstdint>
+
+#include "python/module.h"
+
+namespace adalora::dlpack {
+
+constexpr const char* kAttribute = "__dlpack_c_exchange_api__";  // of a tensor's type: a capsule
+constexpr const char* kCapsule = "dlpack_exchange_api";
+constexpr uint32_t kMajor = 1;
+
+struct Device {
+  int32_t type, index;
+  bool operator==(const Device&) const = default;
+};
+
+constexpr int32_t kCpu = 1;  // of Device::type
+
+enum Code : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
+
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
+
+struct Tensor {
+  void* data;
+  Device device;
+  int32_t dims;
+  DataType dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct Exchange {
+  uint32_t major, minor;
+  const Exchange* previous;  // of an older major version
+  void *allocate, *from_object, *to_object;
+  int (*read)(PyObject* object, Tensor* out);  // 0, or -1 with an exception set
+  void* current_stream;
+};
+
+}  // namespace adalora::dlpack

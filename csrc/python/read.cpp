@@ -1,0 +1,121 @@
+#include "python/read.h"
+
+#include <functional>
+#include <memory>
+#include <numeric>
+
+#include "common/view.h"
+#include "python/dlpack.h"
+
+extern "C" {
+
+extern PyObject _Py_NoneStruct;
+extern PyObject *PyExc_TypeError, *PyExc_ValueError;
+void Py_DecRef(PyObject* object);
+PyObject* PyLong_FromSsize_t(Py_ssize_t value);
+Py_ssize_t PyLong_AsSsize_t(PyObject* number);
+PyObject* PyErr_Occurred();
+PyObject* PyObject_GetAttrString(PyObject* object, const char* name);
+void* PyCapsule_GetPointer(PyObject* capsule, const char* name);
+Py_ssize_t PySequence_Size(PyObject* sequence);
+PyObject* PySequence_GetItem(PyObject* sequence, Py_ssize_t index);
+PyObject* PyErr_Format(PyObject* type, const char* format, ...);
+
+}  // extern "C"
+
+namespace adalora::python {
+
+namespace {
+
+struct Release {
+  void operator()(PyObject* object) const { Py_DecRef(object); }
+};
+using Owned = std::unique_ptr<PyObject, Release>;
+
+// torch's, which the type of any of its tensors has; null with an exception set where it has none.
+const dlpack::Exchange* exchange_of(PyObject* tensor) {
+  const Owned capsule(PyObject_GetAttrString(tensor, dlpack::kAttribute));
+  if (capsule == nullptr) return nullptr;
+  auto* exchange = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.get(), dlpack::kCapsule));
+  if (exchange != nullptr && (exchange->major != dlpack::kMajor || exchange->read == nullptr)) {
+    PyErr_Format(PyExc_TypeError, "read: this PyTorch has another DLPack exchange than version %d", dlpack::kMajor);
+    return nullptr;
+  }
+  return exchange;
+}
+
+bool has_dtype(const dlpack::Tensor& tensor, uint8_t code, uint8_t bits) {
+  return tensor.dtype.code == code && tensor.dtype.bits == bits && tensor.dtype.lanes == 1;
+}
+
+bool read_dtype(const dlpack::Tensor& tensor, DType& dtype) {
+  if (has_dtype(tensor, dlpack::kFloat, 32)) return dtype = DType::kFloat32, true;
+  if (has_dtype(tensor, dlpack::kFloat, 64)) return dtype = DType::kFloat64, true;
+  if (has_dtype(tensor, dlpack::kBfloat, 16)) return dtype = DType::kBFloat16, true;
+  if (has_dtype(tensor, dlpack::kFloat, 16)) return dtype = DType::kFloat16, true;
+  return false;
+}
+
+int64_t elements_of(const dlpack::Tensor& tensor) {
+  return std::accumulate(tensor.shape, tensor.shape + tensor.dims, int64_t{1}, std::multiplies<>());
+}
+
+// As torch sees it: whatever its strides, one without elements is.
+bool is_contiguous(const dlpack::Tensor& tensor) {
+  if (elements_of(tensor) == 0) return true;
+  int64_t stride = 1;
+  for (int32_t i = tensor.dims - 1; i >= 0; --i) {
+    if (tensor.shape[i] > 1 && tensor.strides[i] != stride) return false;
+    stride *= tensor.shape[i];
+  }
+  return true;
+}
+
+// The tensor as a View; false where its dtype or layout is another.
+bool view(const dlpack::Tensor& tensor, Py_ssize_t layout, View& out) {
+  if (!read_dtype(tensor, out.dtype) || (layout != kContiguous && tensor.dims != 2)) return false;
+  if (layout == kContiguous) {
+    out.rows = 1;
+    out.columns = elements_of(tensor);
+    out.stride = out.columns;
+  } else {
+    out.rows = tensor.shape[0];
+    out.columns = tensor.shape[1];
+    out.stride = tensor.strides[0];
+  }
+  const bool fits = layout == kContiguousRows ? out.columns <= 1 || tensor.strides[1] == 1 : is_contiguous(tensor);
+  if (!fits) return false;
+  out.data = out.elements() == 0 ? nullptr : static_cast<char*>(tensor.data) + tensor.byte_offset;
+  return true;
+}
+
+}  // namespace
+
+PyObject* read(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 4) return PyErr_Format(PyExc_TypeError, "read: expected tensors, place, table and layout");
+  const dlpack::Exchange* exchange = exchange_of(arguments[1]);
+  dlpack::Tensor place, table;
+  if (exchange == nullptr || exchange->read(arguments[1], &place) < 0 || exchange->read(arguments[2], &table) < 0)
+    return nullptr;
+  const Py_ssize_t tensors = PySequence_Size(arguments[0]);
+  const Py_ssize_t layout = PyLong_AsSsize_t(arguments[3]);
+  if (tensors < 0 || PyErr_Occurred() != nullptr) return nullptr;
+  const bool fits = table.device.type == dlpack::kCpu && has_dtype(table, dlpack::kInt, 64) && table.dims == 2 &&
+                    table.shape[0] == tensors && table.shape[1] == kViewWords && is_contiguous(table);
+  if (!fits) return PyErr_Format(PyExc_ValueError, "table: expected int64 [%zd, %zd] on the CPU", tensors, kViewWords);
+  View* views = reinterpret_cast<View*>(static_cast<char*>(table.data) + table.byte_offset);
+  for (Py_ssize_t i = 0; i < tensors; ++i) {
+    const Owned item(PySequence_GetItem(arguments[0], i));
+    if (item == nullptr) return nullptr;
+    if (item.get() == &_Py_NoneStruct) {
+      views[i] = {nullptr, DType::kFloat32, -1, -1, 0};
+      continue;
+    }
+    dlpack::Tensor tensor;
+    if (exchange->read(item.get(), &tensor) < 0) return nullptr;
+    if (!(tensor.device == place.device) || !view(tensor, layout, views[i])) return PyLong_FromSsize_t(i);
+  }
+  return PyLong_FromSsize_t(-1);
+}
+
+}  // namespace adalora::python
