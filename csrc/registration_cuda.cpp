@@ -6,15 +6,15 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(adalora_native, m) {
   m.def(
-      "importance_handed_over(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor[] params, "
-      "Tensor[] grads, Tensor sums, Tensor probes, Tensor(d!) redone, Tensor known, float beta1, float beta2) -> Tensor");
+      "importance_handed_over(Tensor(a!) state, Tensor(b!) half, Tensor(c!) scores, Tensor shapes, Tensor params, "
+      "Tensor grads, Tensor sums, Tensor probes, Tensor(d!) redone, Tensor known, float beta1, float beta2) -> Tensor");
   m.def(
-      "finish_gradients(Tensor t_shares, Tensor a_shares, Tensor[] params, Tensor? mask, float scaling, "
-      "Tensor[] before, Tensor? slopes, int slopes_A, int slopes_B, Tensor? scale, Tensor(a!) state, Tensor half, "
+      "finish_gradients(Tensor t_shares, Tensor a_shares, Tensor params, Tensor? mask, float scaling, "
+      "Tensor before, Tensor? slopes, int slopes_A, int slopes_B, Tensor? scale, Tensor(a!) state, Tensor half, "
       "int first, Tensor(b!) sums, Tensor(c!) probes, Tensor(d!) ticket, float beta1, float beta2) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
-      "mask_by_selection(Tensor scores, Tensor(a!) live, Tensor? enabled, Tensor(b!)[] lora_E, int number, "
+      "mask_by_selection(Tensor scores, Tensor(a!) live, Tensor? enabled, Tensor lora_E, int number, "
       "Tensor? on_device) -> Tensor");
 }
 
