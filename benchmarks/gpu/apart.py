@@ -7,6 +7,7 @@ import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -110,8 +111,11 @@ def _serve(pipe: Connection) -> None:
 
 
 def message_of(error: BaseException) -> str:
-    """An error in a line; an assertion's is what it says."""
+    """An error in a line; an assertion's is what it says, or where it stands."""
     said = str(error)[:2000]
+    if not said and error.__traceback__ is not None:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        said = f"{where.line} ({Path(where.filename).name}:{where.lineno})"
     return said if isinstance(error, AssertionError) and said else f"{type(error).__name__}: {said}"
 
 

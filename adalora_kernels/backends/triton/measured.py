@@ -6,8 +6,9 @@
 
 (the evidence are files in benchmarks/results). A tile serves the ranks up to its own, above the next lower. A plan
 serves calls near the one that was measured: loads of the same width, and M, K, N and R within a factor of four
-altogether. Where nothing of the kind was measured, as on every device that is not in the file, the static tables and
-the calculated costs hold.
+altogether. Each entry names the source of the kernels that it was measured with (``sources``), and is left aside when
+that has changed since; the reason that ``explain`` gives says so. Where nothing of the kind was measured, as on every
+device that is not in the file, the static tables and the calculated costs hold.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from importlib.metadata import version
 from math import log2
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from adalora_kernels.backends.triton.sources import fingerprint, fingerprint_of_all
 
 PATH = Path(__file__).with_name("measured.json")
 _REACH = 2.0  # in powers of two, summed over M, K, N and R
@@ -50,11 +53,13 @@ class Table(NamedTuple):
         evidence: the records that it comes from.
         tiles: (kernel, width) -> largest rank -> the fields of its tile.
         plans: (direction, point) -> the fastest plan.
+        stale: kernels with a tile, and directions with a plan, that were measured when the kernels were others.
     """
 
     evidence: tuple[str, ...]
     tiles: dict[tuple[str, str], dict[int, Fields]]
     plans: dict[tuple[str, Point], str]
+    stale: tuple[str, ...] = ()
 
     def tile(self, kernel: str, width: str, rank: int) -> Fields | None:
         """The fields of the tile of a kernel; None where none was measured for such a rank."""
@@ -76,7 +81,7 @@ def _distance(a: Point, b: Point) -> float:
 
 
 def read(content: dict[str, Any]) -> dict[tuple[str, str], Table]:
-    """The tables of a file's content, by capability and minor version of triton.
+    """The tables of a file's content, by capability and minor version of triton, without what is stale.
 
     Raises:
         KeyError, TypeError, ValueError: it is not as ``tune`` writes it.
@@ -85,11 +90,19 @@ def read(content: dict[str, Any]) -> dict[tuple[str, str], Table]:
     for capability, by_version in content.items():
         for minor, entry in by_version.items():
             tiles: dict[tuple[str, str], dict[int, Fields]] = {}
+            plans, stale = {}, set()
             for t in entry["tiles"]:
                 m, n, k, warps, stages = t["tile"]
-                tiles.setdefault((t["kernel"], t["width"]), {})[t["max_rank"]] = (m, n, k, warps, stages)
-            plans = {(p["direction"], Point(**p["point"])): p["plan"] for p in entry["plans"]}
-            tables[capability, minor] = Table(tuple(entry["evidence"]), tiles, plans)
+                if t["source"] == fingerprint(t["kernel"]):
+                    tiles.setdefault((t["kernel"], t["width"]), {})[t["max_rank"]] = (m, n, k, warps, stages)
+                else:
+                    stale.add(t["kernel"])
+            for p in entry["plans"]:
+                if p["source"] == fingerprint_of_all():
+                    plans[p["direction"], Point(**p["point"])] = p["plan"]
+                else:
+                    stale.add(f"{p['direction']} plans")
+            tables[capability, minor] = Table(tuple(entry["evidence"]), tiles, plans, tuple(sorted(stale)))
     return tables
 
 
@@ -105,6 +118,13 @@ def table(capability: tuple[int, int] | None) -> Table | None:
     if capability is None:
         return None
     return tables().get((f"{capability[0]}.{capability[1]}", minor_version(version("triton"))))
+
+
+def left_aside(capability: tuple[int, int] | None) -> str:
+    """What was measured on such a device and is stale, as a remark; empty where nothing is."""
+    found = table(capability)
+    stale = () if found is None else found.stale
+    return f" (measured with other kernels, and left aside: {', '.join(stale)}; make tune)" if stale else ""
 
 
 def minor_version(full: str) -> str:
@@ -146,4 +166,7 @@ def _tile(kernel: str, capability: tuple[int, int] | None, width: str, rank: int
     return None if found is None else found.tile(kernel, width, rank)
 
 
-__all__ = ["PATH", "Fields", "Point", "Table", "minor_version", "on_trial", "read", "table", "tables", "tile", "trial"]
+__all__ = [
+    "PATH", "Fields", "Point", "Table", "left_aside", "minor_version", "on_trial", "read", "table", "tables", "tile",
+    "trial",
+]  # fmt: skip

@@ -134,7 +134,9 @@ def _pick(direction: str, problem: Problem, asked: str | None) -> tuple[str, str
         return found
     frozen = costs.frozen(problem)
     times = ", ".join(f"{name} {seconds[name] / frozen:.2f}" for name in ranking)
-    return ranking[0], f"{times} times the frozen product, calculated, not measured"
+    return ranking[0], f"{times} times the frozen product, calculated, not measured" + measured.left_aside(
+        problem.capability
+    )
 
 
 def _measured(direction: str, problem: Problem, able: tuple[str, ...]) -> tuple[str, str] | None:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
 import pytest
 import torch
 
-from adalora_kernels.backends.triton import configurations, measured, plans
+from adalora_kernels.backends.triton import configurations, measured, plans, sources
 from adalora_kernels.backends.triton.measured import Point
 from adalora_kernels.backends.triton.problem import Problem
 from adalora_kernels.backends.triton.tiles import Family, Tile, Width
 
 BF16, FP32 = torch.bfloat16, torch.float32
+OWN, V, ALL = sources.fingerprint("one_pass"), sources.fingerprint("v"), sources.fingerprint_of_all()
 POINT = {"M": 8192, "K": 4096, "N": 4096, "R": 16, "width": "half", "adapter_bytes": 4}
-CONTENT = {
+CONTENT: dict[str, Any] = {
     "9.0": {
         "3.6": {
             "evidence": ["some-device-sweep.json"],
             "tiles": [
-                {"kernel": "one_pass", "width": "half", "max_rank": 16, "tile": [128, 64, 32, 4, 5]},
-                {"kernel": "one_pass", "width": "half", "max_rank": 64, "tile": [64, 64, 32, 4, 5]},
+                {"kernel": "one_pass", "width": "half", "max_rank": 16, "tile": [128, 64, 32, 4, 5], "source": OWN},
+                {"kernel": "one_pass", "width": "half", "max_rank": 64, "tile": [64, 64, 32, 4, 5], "source": OWN},
             ],
-            "plans": [{"direction": "forward", "point": POINT, "plan": "slow"}],
+            "plans": [{"direction": "forward", "point": POINT, "plan": "slow", "source": ALL}],
         }
     }
 }
@@ -77,6 +79,20 @@ def test_configurations_name_what_was_measured() -> None:
         (Family.HOPPER, Width.HALF, rank, False) for rank in (16, 64)
     ]
     assert {(c.kernel, c.capability, c.triton) for c in found} == {("one_pass", (9, 0), "3.6")}
+
+
+def test_what_was_measured_with_other_kernels_is_left_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And explain says so; a tile of another kernel stays."""
+    content = copy.deepcopy(CONTENT)
+    entry = content["9.0"]["3.6"]
+    entry["tiles"][0]["source"] = entry["plans"][0]["source"] = "0" * 12
+    entry["tiles"].append({"kernel": "v", "width": "half", "max_rank": 16, "tile": [16, 16, 0, 4, 1], "source": V})
+    monkeypatch.setattr(measured, "tables", lambda: measured.read(content))
+    assert tile_of("one_pass", (9, 0), Width.HALF, 16) == Tile(64, 64, 32, 4, 5)  # the next higher rank's
+    assert tile_of("v", (9, 0), Width.HALF, 16) == Tile(16, 16, 0, 4, 1)
+    assert plan("forward") is None
+    reason = plans.choose(problem()).reason
+    assert "calculated, not measured (measured with other kernels, and left aside: forward plans, one_pass;" in reason
 
 
 def test_launchers_and_explain_take_them() -> None:
