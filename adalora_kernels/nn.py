@@ -14,6 +14,8 @@ from adalora_kernels.ops.explain import described, explain_layer
 from adalora_kernels.ops.shards import are_sharded
 from adalora_kernels.ops.svd_linear import svd_linear
 
+_PARAMETERS = ("weight", "bias", "lora_A", "lora_E", "lora_B")
+
 
 class SVDLinear(nn.Linear):
     """y = x Wᵀ + b + c · (drop(x) Aᵀ ⊙ E) Bᵀ with W and ranknum frozen and c = scaling / (ranknum + 1e-5).
@@ -107,7 +109,8 @@ class SVDLinear(nn.Linear):
     @property
     def dropout_p(self) -> float:
         """The probability of dropping an element of x before A."""
-        return self.lora_dropout.p if isinstance(self.lora_dropout, nn.Dropout) else 0.0
+        dropout = self._modules["lora_dropout"]  # as an attribute it would cost host time at each call
+        return dropout.p if isinstance(dropout, nn.Dropout) else 0.0
 
     def _weight_as_n_k(self) -> Tensor:
         return self.weight.t() if self.fan_in_fan_out else self.weight
@@ -152,17 +155,18 @@ class SVDLinear(nn.Linear):
         """The layer for x [..., K]; see ``adalora_kernels.svd_linear`` for dtypes and errors."""
         if self.r == 0 or self.merged:
             return F.linear(x, self._weight_as_n_k(), self.bias)
-        # Straight from the registry: as attributes these would cost host time like a launch.
-        lora_A, lora_E, lora_B = map(self._parameters.get, ("lora_A", "lora_E", "lora_B"))
-        if lora_A is None or lora_E is None or lora_B is None:  # parametrised, or flattened by a wrapper
-            lora_A, lora_E, lora_B = self.lora_A, self.lora_E, self.lora_B
+        registry: dict[str, Any] = self._parameters
+        try:  # as attributes they would cost host time like a launch
+            weight, bias, lora_A, lora_E, lora_B = map(registry.__getitem__, _PARAMETERS)
+        except KeyError:  # parametrised, or flattened by a wrapper
+            weight, bias, lora_A, lora_E, lora_B = (getattr(self, name) for name in _PARAMETERS)
         return svd_linear(
             x,
-            self._weight_as_n_k(),
+            weight.t() if self.fan_in_fan_out else weight,
             lora_A,
             lora_E,
             lora_B,
-            bias=self.bias,
+            bias=bias,
             scaling=self.c,
             dropout_p=self.dropout_p,
             training=self.training,

@@ -19,12 +19,16 @@ class Launcher(NamedTuple):
             holds ``kernels``. Each launch is (name, function, (x, y, z), threads, shared bytes, whether it may begin
             under the one before it, parameters' bytes, their offsets, places), each place (offset, number of the
             address, bytes past it, whether it is a tensor map's).
-        replay: (replay, stream, *addresses) -> None; makes the launches. RuntimeError where the driver refuses one.
+        replay: (replay, stream, *tensors) -> None; makes the launches at the tensors' addresses, 0 for None.
+            RuntimeError where the driver refuses one.
+        layout: (*tensors) -> their dtypes, devices, shapes, strides and addresses modulo 16, as bytes, within 0.3 µs;
+            None where that of one can't be read.
         relocated: (tensor map, address) -> the same of what lies there, as bytes.
     """
 
     make_replay: Callable[[int, int, tuple[Any, ...], Any], Any]
     replay: Callable[..., None]
+    layout: Callable[..., bytes | None]
     relocated: Callable[[bytes, int], bytes]
 
 

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "cuda/replay.h"
+#include "python/dlpack.h"
 
 extern "C" {
 
@@ -18,6 +19,7 @@ PyObject* PyBytes_FromStringAndSize(const char* bytes, Py_ssize_t size);
 int PyBytes_AsStringAndSize(PyObject* object, char** bytes, Py_ssize_t* size);
 void* PyCapsule_GetPointer(PyObject* capsule, const char* name);
 PyObject* PyCapsule_New(void* pointer, const char* name, void (*destructor)(PyObject*));
+void PyErr_Clear();
 PyObject* PyErr_Format(PyObject* type, const char* format, ...);
 PyObject* PyErr_NoMemory();
 PyObject* PyErr_Occurred();
@@ -25,6 +27,7 @@ void PyEval_RestoreThread(_ts* state);
 _ts* PyEval_SaveThread();
 long long PyLong_AsLongLong(PyObject* object);
 unsigned long long PyLong_AsUnsignedLongLong(PyObject* object);
+PyObject* PyObject_GetAttrString(PyObject* object, const char* name);
 PyObject* PyTuple_GetItem(PyObject* tuple, Py_ssize_t place);
 Py_ssize_t PyTuple_Size(PyObject* tuple);
 const char* PyUnicode_AsUTF8AndSize(PyObject* object, Py_ssize_t* size);
@@ -72,6 +75,59 @@ uint64_t address(PyObject* object) {
   const unsigned long long value = PyLong_AsUnsignedLongLong(object);
   if (value == ~0ULL && PyErr_Occurred() != nullptr) throw Raised{};
   return value;
+}
+
+// What torch says of a tensor; that of the first one holds for all. Raises where the object is none, or lies nowhere.
+dlpack::Tensor tensor_of(PyObject* object) {
+  static const dlpack::Exchange* exchange = nullptr;
+  if (exchange == nullptr) {
+    PyObject* capsule = PyObject_GetAttrString(object, dlpack::kAttribute);
+    if (capsule == nullptr) throw Raised{};
+    auto* found = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
+    Py_DecRef(capsule);  // the type's attribute holds it
+    if (found == nullptr) throw Raised{};
+    if (found->major != dlpack::kMajor || found->read == nullptr) {
+      raise(PyExc_TypeError, "this PyTorch has another DLPack exchange");
+    }
+    exchange = found;
+  }
+  dlpack::Tensor found;
+  if (exchange->read(object, &found) < 0) throw Raised{};
+  return found;
+}
+
+uint64_t address_of(PyObject* tensor) {
+  if (tensor == &_Py_NoneStruct) return 0;
+  const dlpack::Tensor found = tensor_of(tensor);
+  return reinterpret_cast<uint64_t>(found.data) + found.byte_offset;
+}
+
+// The next bytes of a layout.
+struct Writer {
+  std::byte bytes[kMostBytes];
+  size_t used = 0;
+
+  void add(const void* data, size_t size) {
+    if (size > sizeof bytes - used) raise(PyExc_ValueError, "layout: too many tensors");
+    std::memcpy(bytes + used, data, size);
+    used += size;
+  }
+};
+
+void add_layout(Writer& writer, PyObject* tensor) {
+  if (tensor == &_Py_NoneStruct) {
+    writer.add("", 1);
+    return;
+  }
+  const dlpack::Tensor found = tensor_of(tensor);
+  const auto dims = static_cast<uint8_t>(found.dims + 1);
+  const auto low = static_cast<uint8_t>((reinterpret_cast<uint64_t>(found.data) + found.byte_offset) % 16);
+  writer.add(&dims, 1);
+  writer.add(&low, 1);
+  writer.add(&found.dtype, sizeof found.dtype);
+  writer.add(&found.device, sizeof found.device);
+  writer.add(found.shape, static_cast<size_t>(found.dims) * sizeof(int64_t));
+  writer.add(found.strides, static_cast<size_t>(found.dims) * sizeof(int64_t));
 }
 
 std::vector<std::byte> bytes(PyObject* object) {
@@ -185,7 +241,7 @@ PyObject* replay(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     check_count(count, 2 + static_cast<Py_ssize_t>(known.addresses), "replay");
     const auto stream = reinterpret_cast<CUstream>(address(arguments[1]));
     uint64_t addresses[kMostAddresses];
-    for (size_t i = 0; i < known.addresses; ++i) addresses[i] = address(arguments[2 + i]);
+    for (size_t i = 0; i < known.addresses; ++i) addresses[i] = address_of(arguments[2 + i]);
     const Driver& driver = loaded_driver();
     _ts* state = PyEval_SaveThread();  // a launch waits where the queue is full
     const Outcome outcome = run(driver, known, stream, addresses);
@@ -194,6 +250,18 @@ PyObject* replay(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     Py_IncRef(&_Py_NoneStruct);
     return &_Py_NoneStruct;
   });
+}
+
+PyObject* layout(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  PyObject* found = guarded([&]() -> PyObject* {
+    Writer writer;
+    for (Py_ssize_t i = 0; i < count; ++i) add_layout(writer, arguments[i]);
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(writer.bytes), static_cast<Py_ssize_t>(writer.used));
+  });
+  if (found != nullptr) return found;
+  PyErr_Clear();
+  Py_IncRef(&_Py_NoneStruct);
+  return &_Py_NoneStruct;
 }
 
 PyObject* relocated(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -217,6 +285,8 @@ ADALORA_MODULE(_C_cuda,
                {"make_replay", adalora::cuda::make_replay, kFastCall,
                 "make_replay(device, addresses, launches, kernels): launches in which that many addresses vary."},
                {"replay", adalora::cuda::replay, kFastCall,
-                "replay(replay, stream, *addresses): makes the launches, in turn."},
+                "replay(replay, stream, *tensors): makes the launches, in turn, with the tensors' addresses."},
+               {"layout", adalora::cuda::layout, kFastCall,
+                "layout(*tensors): dtypes, devices, shapes, strides and alignments as bytes; None where there is none."},
                {"relocated", adalora::cuda::relocated, kFastCall,
                 "relocated(map, address): the tensor map of the same layout at another address."})

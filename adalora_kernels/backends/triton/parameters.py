@@ -24,6 +24,7 @@ from adalora_kernels.backends.triton.launch import Kept
 from adalora_kernels.backends.triton.places import Described, Descriptor, Pointer
 
 _VERSIONS = ("3.6.", "3.7.")
+_LAUNCHER = "triton.backends.nvidia.driver.CudaLauncher"
 _WARP = 32
 _POINTER = 8
 _MAP = 128  # bytes, and their alignment
@@ -110,7 +111,7 @@ def launch_of(
 def _check_launcher(run: Any) -> None:
     if not triton.__version__.startswith(_VERSIONS):
         raise UnknownFormError(f"triton {triton.__version__}")
-    if f"{type(run).__module__}.{type(run).__qualname__}" != "triton.backends.nvidia.driver.CudaLauncher":
+    if f"{type(run).__module__}.{type(run).__qualname__}" != _LAUNCHER:
         raise UnknownFormError(f"a launcher of type {type(run).__qualname__}")
     if run.global_scratch_size or run.profile_scratch_size:
         raise UnknownFormError("a kernel that needs scratch memory")

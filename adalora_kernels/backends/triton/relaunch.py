@@ -1,4 +1,4 @@
-"""A known call's launches at other addresses: all by one call of the extension, or one by one through their launchers.
+"""A known call's launches with other tensors: all by one call of the extension, or one by one through their launchers.
 
 The extension makes them in a tenth of the host time. Where it is not built, or a launch is of a form that
 ``parameters`` doesn't know, they are made in Python; which and why is logged once, at level INFO.
@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from adalora_kernels.backends import launcher as extension
 from adalora_kernels.backends.select import logger
 from adalora_kernels.backends.triton import parameters
 from adalora_kernels.backends.triton.launch import Kept
 from adalora_kernels.backends.triton.places import Described, Descriptor, Pointer
 
-Relaunch = Callable[..., None]  # (stream, *addresses)
+Relaunch = Callable[..., None]  # (stream, *tensors)
 
 
 class Known(NamedTuple):
@@ -34,17 +36,19 @@ class InPython:
         self.launches = tuple((kept, grid) for kept, grid, _ in launches)
         self._arguments = _arguments([terms for _, _, terms in launches])
 
-    def __call__(self, stream: int, *addresses: int) -> None:
+    def __call__(self, stream: int, *tensors: Tensor | None) -> None:
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
         for (kept, (x, y, z)), own in zip(self.launches, self._arguments(addresses), strict=True):
             kept.run(x, y, z, stream, kept.function, kept.metadata, None, None, None, *own)
 
 
-def relauncher(device: int, launches: Sequence[Known], addresses: Sequence[int]) -> Relaunch:
-    """What makes these launches on ``device``, the current one, at as many addresses as are given: one call's."""
+def relauncher(device: int, launches: Sequence[Known], tensors: Sequence[Tensor | None]) -> Relaunch:
+    """What makes these launches on ``device``, the current one, with as many tensors as these, which are one call's."""
     found = extension.launcher()
     if isinstance(found, str):
         _log_once(found)
         return InPython(launches)
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
     try:
         described = tuple(
             parameters.launch_of(kept, grid, terms, addresses, found)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
+from adalora_kernels.backends import launcher as extension
 from adalora_kernels.backends.triton import launch, measured, tickets
 from adalora_kernels.backends.triton.places import Places, UnknownOriginError, holds
 from adalora_kernels.backends.triton.relaunch import Known, Relaunch, relauncher
@@ -74,7 +75,7 @@ class _Replay(NamedTuple):
         made: the likes of each tensor that results lie in, without its memory, and of the buffer for everything else
             that is made, where there is something.
         workspace: ``row_blocks`` of the largest, which all launches share, one after the other; None without.
-        launch: from the stream and the addresses of what is given, of what is made and of the workspace.
+        launch: with the stream, what is given, what is made and the workspace.
         results: from what is made and what is given.
     """
 
@@ -100,42 +101,39 @@ def replayed(
     """
     first = tensors[0]
     assert first is not None
-    device = first.get_device()
-    addresses, layouts = _reader(len(tensors))(*tensors)
-    key = (make, device, others, layouts)
+    layout = _reader(len(tensors))(*tensors)
+    key = (make, others, layout)
     replay = _known.get(key)
     if replay is None:
-        return make(*args) if key in _known else _watched(key, make, tensors, addresses, args)
-    active = driver.active
+        return make(*args) if layout is None or key in _known else _watched(key, make, tensors, args)
+    device, active = first.get_device(), driver.active
     if measured.on_trial() or device != active.get_current_device() or launch.hooked():
         return make(*args)
     made = [_new(like) for like in replay.made]
     held = made if replay.workspace is None else [*made, tickets.workspace(first.device, replay.workspace)]
-    replay.launch(active.get_current_stream(device), *addresses, *[t.data_ptr() for t in held])
+    replay.launch(active.get_current_stream(device), *tensors, *held)
     return replay.results(made, tensors)
 
 
 @cache
-def _reader(count: int) -> Callable[..., tuple[Sequence[int], Hashable]]:
-    """A function of so many tensors: their addresses, and all of their layout that a launch may depend on.
+def _reader(count: int) -> Callable[..., Hashable]:
+    """A function of so many tensors: all of their layout that a launch may depend on; None where it can't be told.
 
-    Written out as source, since it runs at every call.
+    In Python it is written out as source, since it runs at every call.
     """
+    found = extension.launcher()
+    if not isinstance(found, str):
+        return found.layout
     names = [f"t{i}" for i in range(count)]
-    addresses = (f"(p{i} := {t}.data_ptr()) if {t} is not None else 0" for i, t in enumerate(names))
-    layout = "({0}.dtype, {0}.shape, {0}.stride(), {1} & 15) if {0} is not None else None"
-    layouts = (layout.format(t, f"p{i}") for i, t in enumerate(names))
-    read: Callable[..., tuple[Sequence[int], Hashable]] = eval(
-        f"lambda {', '.join(names)}: (({', '.join(addresses)}), ({', '.join(layouts)}))"
-    )
+    layout = "({0}.get_device(), {0}.dtype, {0}.shape, {0}.stride(), {0}.data_ptr() & 15) if {0} is not None else None"
+    layouts = ", ".join(map(layout.format, names))
+    read: Callable[..., Hashable] = eval(f"lambda {', '.join(names)}: ({layouts},)")
     return read
 
 
-def _watched(
-    key: Hashable, make: Callable[..., Result], tensors: tuple[Tensor | None, ...], addresses: Sequence[int], args: Any
-) -> Result:
+def _watched(key: Hashable, make: Callable[..., Result], tensors: tuple[Tensor | None, ...], args: Any) -> Result:
     """Make the call, and know it from then on."""
-    given = [address for address in addresses if address]
+    given = [address for t in tensors if t is not None and (address := t.data_ptr())]
     if measured.on_trial() or len(set(given)) < len(given):  # two of one address can't be told apart
         return make(*args)
     with _Watch() as watch, launch.noted(watch.launches), tickets.noted(watch.workspaces):
@@ -166,11 +164,10 @@ def _replay_of(watch: _Watch, tensors: tuple[Tensor | None, ...], results: Resul
         made.append(_like([places.scratch], given, torch.uint8))
     # What the scratch will hold lies apart now: whose address stands for it is of no account.
     now = [*tensors, *homes, *(others[:1] if places.scratch else ()), *(buffer for buffer, _ in watch.workspaces[:1])]
-    addresses = [0 if t is None else t.data_ptr() for t in now]
     return _Replay(
         tuple(made),
         max((row_blocks for _, row_blocks in watch.workspaces), default=None),
-        relauncher(given.get_device(), launches, addresses),
+        relauncher(given.get_device(), launches, now),
         eval(f"lambda made, given: ({written})", {"added_to": _added_to}),
     )
 

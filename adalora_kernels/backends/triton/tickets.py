@@ -106,18 +106,17 @@ def workspace(device: torch.device, row_blocks: int) -> Tensor:
 
 
 def _buffer(device: torch.device, ints: int) -> Tensor:
-    if device.type != "cuda":
-        stream = 0
-    elif torch.cuda.is_current_stream_capturing():
-        return _captured(device, ints)
-    else:
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return _captured(device, ints)
         stream = driver.active.get_current_stream(device.index)  # its number, without an object around it
-        if device not in _reserves:
+    buffer = _buffers.get((device, stream))
+    if buffer is None or buffer.numel() < ints:
+        if device.type == "cuda" and device not in _reserves:
             with _reserve_lock:
                 if device not in _reserves:
                     _reserves[device] = (_lasting_zeros(device, _RESERVE), 0)
-    buffer = _buffers.get((device, stream))
-    if buffer is None or buffer.numel() < ints:
         buffer = _buffers[device, stream] = _lasting_zeros(device, max(ints, _SMALLEST))
     return buffer
 

@@ -16,7 +16,11 @@ import pytest
 FOLDER = os.environ.get("ADALORA_SECOND_TRITON", "")
 HERE = Path(__file__).parent
 LONGEST = HERE / "test_compile.py"
-REST = [HERE / "test_launch.py", *sorted(path for path in HERE.glob("test_compile*.py") if path != LONGEST)]
+REST = [
+    HERE / "test_launch.py",
+    HERE / "test_recorded_launches.py",
+    *sorted(path for path in HERE.glob("test_compile*.py") if path != LONGEST),
+]
 
 pytestmark = pytest.mark.skipif(not FOLDER, reason="ADALORA_SECOND_TRITON names no folder")
 
