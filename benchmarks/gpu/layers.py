@@ -74,12 +74,12 @@ class Layer:
 Call = Callable[[Layer], Tensor]
 
 
-def layers(case: Case, machine: Machine) -> list[Layer]:
-    """Sets of random inputs that together exceed the L2 several times."""
+def layers(case: Case, machine: Machine, most: int = _MOST_COPIES) -> list[Layer]:
+    """Sets of random inputs, no more than ``most``, that together exceed the L2 several times."""
     adapter_dtype = getattr(torch, case.adapter)
     sizes = case.M * (case.K + case.N) + case.K * case.N
     rounds_of_cache = -(-_CACHES * machine.cache_bytes // (sizes * DTYPE.itemsize))
-    copies = max(1 if machine.dry else 2, min(_MOST_COPIES, rounds_of_cache))
+    copies = min(most, max(1 if machine.dry else 2, rounds_of_cache))
     generator = torch.Generator(machine.device).manual_seed(0)
 
     def normal(*shape: int, std: float = 1.0, dtype: torch.dtype = DTYPE) -> Tensor:

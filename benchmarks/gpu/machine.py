@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from adalora_kernels.backends.triton.sources import fingerprint_of_all
 from benchmarks.environment import commit, source
 from benchmarks.timing import Contestant, interleave, wall_seconds
 
@@ -69,6 +70,7 @@ class Machine:
                 "multiprocessors": properties.multi_processor_count,
                 "cuda": torch.version.cuda,
             }
+        found["kernels"] = fingerprint_of_all()
         return found | {"python": platform.python_version(), **{name: installed(name) for name in _PACKAGES}}
 
     def pool(self) -> Any:

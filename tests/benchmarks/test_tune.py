@@ -13,9 +13,13 @@ import pytest
 
 pytest.importorskip("triton")
 
-from adalora_kernels.backends.triton import measured
+from adalora_kernels.backends.triton import measured, sources
 from adalora_kernels.backends.triton.tiles import Tile
-from benchmarks import tune
+from benchmarks import tiling, tune
+from benchmarks.gpu.apart import Failed, Here
+from benchmarks.gpu.layers import Case
+from benchmarks.gpu.machine import Machine
+from benchmarks.records import complaints, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,16 +36,18 @@ def test_dry_run(tmp_path: Path) -> None:
         record["case"]["kernel"] for record in held["records"]
     }
     assert all(len(record["candidates"]) >= 2 for record in held["records"])
-    assert any(c["microseconds"] for record in held["records"] for c in record["candidates"][1:])
+    assert any("microseconds" in c for record in held["records"] for c in record["candidates"][1:])
+    assert list(complaints(held)) == []
     ((key, table),) = measured.read(json.loads((tmp_path / "measured.json").read_text())).items()
     assert key[0] == "0.0" and table.tile("one_pass", "half", 16) and table.evidence == ("dry-tuning.json",)
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 0 and "the tile before" not in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 0 and "tiles tried" not in again.stdout, again.stdout + again.stderr
+    assert "Every kernel is recorded." in again.stdout
 
 
 def test_steps_change_one_field() -> None:
     tile = Tile(128, 256, 0, 8, 3)
-    found = tune.neighbours(tile)
+    found = tiling.neighbours(tile)
     changed = [[f for f in vars(tile) if getattr(tile, f) != getattr(other, f)] for other in found]
     assert all(len(fields) == 1 for fields in changed) and len(found) == len(set(found))
     assert [fields[0] for fields in changed] == ["block_m"] * 2 + ["block_n"] + ["num_warps"] + ["num_stages"] * 2
@@ -49,9 +55,10 @@ def test_steps_change_one_field() -> None:
 
 def test_ranks_that_share_a_tile_are_one_entry() -> None:
     tiles = {16: [1], 32: [2], 64: [2], 128: [3]}
-    records: list[dict[str, Any]] = [{"case": {"kernel": "k", "rank": r}, "tile": t} for r, t in tiles.items()]
-    found = [(entry["max_rank"], entry["tile"]) for entry in tune.tile_entries(records)]
-    assert found == [(16, [1]), (64, [2]), (128, [3])]
+    records = [{"case": {"kernel": "k", "rank": r, "source": "s"}, "tile": t} for r, t in tiles.items()]
+    entries = tune.tile_entries(records)
+    assert [(entry["max_rank"], entry["tile"]) for entry in entries] == [(16, [1]), (64, [2]), (128, [3])]
+    assert {entry["source"] for entry in entries} == {"s"}
 
 
 def test_the_fastest_plan_of_each_direction() -> None:
@@ -64,5 +71,83 @@ def test_the_fastest_plan_of_each_direction() -> None:
     ]
     point = {"M": 1024, "K": 768, "N": 3072, "R": 8, "width": "half", "adapter_bytes": 4}
     assert tune.plan_entries(records) == [
-        {"direction": direction, "point": point, "plan": "quick"} for direction in ("forward", "backward")
+        {"direction": direction, "point": point, "plan": "quick", "source": sources.fingerprint_of_all()}
+        for direction in ("forward", "backward")
     ]
+    del records[0]["microseconds"]["triton:quick"], records[1]["microseconds"]["triton:/slow"]  # withheld
+    assert [entry["plan"] for entry in tune.plan_entries(records)] == ["slow", "quick"]
+
+
+def test_hopeless_tiles_are_not_compiled() -> None:
+    fine = [Tile(128, 256, 64, 8, 4), Tile(128, 64, 256, 8, 3), Tile(64, 0, 64, 8, 4), Tile(256, 256, 0, 4, 5)]
+    assert not any(map(tiling.hopeless, fine))
+    assert tiling.hopeless(Tile(256, 256, 256, 8, 5)) and tiling.hopeless(Tile(256, 256, 256, 4, 1))
+
+
+def climb_of(case: dict[str, Any], first: Tile) -> tiling.Climb:
+    problem = Case(1, 1, 1, 16, "float32")
+    return tiling.Climb(case, {problem: []}, {problem: []}, first, first, {}, {first: {}})
+
+
+def test_the_search_goes_on_from_what_is_faster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Step by step to the fastest; not by way of a candidate that fails, and no tile is tried twice."""
+    first, bad = Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 4)
+    tried: list[Tile] = []
+
+    def attempt(case: dict[str, Any], tile: Tile, machine: Machine) -> dict[str, Any]:
+        tried.append(tile)
+        if tile == bad:
+            raise Failed("it hangs")
+        return {"registers": 1, "spills": 0}
+
+    def compared(climb: tiling.Climb, tile: Tile, machine: Machine) -> bool:
+        better = tile.block_m * tile.block_n > climb.best.block_m * climb.best.block_n
+        climb.best = tile if better else climb.best
+        return better
+
+    monkeypatch.setattr(tiling, "begun", lambda case, machine: climb_of(case, first))
+    monkeypatch.setattr(tiling, "attempt", attempt)
+    monkeypatch.setattr(tiling, "compared", compared)
+    (climb,) = tiling.climbed([{"kernel": "k"}], Machine("cuda", 1, tmp_path), [Here()])
+    assert (climb.best.block_m, climb.best.block_n) == (256, 256)
+    assert len(tried) == len(set(tried)) and climb.candidates[bad] == {"out": "Failed: it hangs"}
+
+
+def tuned(kernel: str, rank: int, tile: list[int], source: str) -> dict[str, Any]:
+    case = {"kernel": kernel, "direction": "forward", "plan": "p", "rank": rank, "source": source}
+    return {"benchmark": "tile", "case": case, "tile": tile, "environment": 0}
+
+
+def test_the_table_takes_what_is_of_the_kernels_as_they_are(tmp_path: Path) -> None:
+    """From every share; a newer folder goes before an older one; nothing that is stale or foreign."""
+    own, all_of_them = sources.fingerprint("gemm"), sources.fingerprint_of_all()
+    about = {"device": "a", "commit": "c", "python": "3", "torch": "2", "triton": "3.6.0", "capability": "9.0"}
+    environments = [about | {"kernels": all_of_them}]
+    new, old = tmp_path / "new", tmp_path / "old"
+    write(new / "a-tuning-1-of-2.json", {"environments": environments, "records": [tuned("gemm", 16, [1] * 5, own)]})
+    stale = [tuned("gemm", 64, [2] * 5, "other"), tuned("gemm", 32, [3] * 5, own), tuned("gemm", 16, [9] * 5, own)]
+    write(old / "a-tuning-2-of-2.json", {"environments": environments, "records": stale})
+    case = {"K": 768, "N": 768, "M": 1024, "R": 16, "adapter": "bfloat16"}
+    layer = {"benchmark": "layer", "case": case, "direction": "forward"}
+    layer["microseconds"] = {"frozen": {"median": 1.0}, "triton:published": {"median": 2.0}}
+    write(old / "a.json", {"environment": environments[0], "records": [layer, {"benchmark": "importance", "case": {}}]})
+    write(old / "b.json", {"environment": about | {"capability": "8.0", "kernels": "before"}, "records": [layer]})
+    write(old / "cpu.json", {"environment": {"torch": "2"}, "records": [{"benchmark": "layer", "case": {}}]})
+    ((key, entry),) = tune.entries([new, old]).items()
+    assert key == ("9.0", "3.6") and entry["evidence"] == ["a-tuning-1-of-2.json", "a-tuning-2-of-2.json", "a.json"]
+    assert [(t["max_rank"], t["tile"]) for t in entry["tiles"]] == [(16, [1] * 5), (32, [3] * 5)]
+    assert [p["plan"] for p in entry["plans"]] == ["published"]
+    ((_, table),) = measured.read({"9.0": {"3.6": entry}}).items()
+    assert table.stale == () and table.tile("gemm", "half", 32) == (3,) * 5
+
+
+def test_valuable_kernels_come_first(tmp_path: Path) -> None:
+    cases = tune.kernels(Machine("cpu", 1, tmp_path))
+    assert [case["kernel"] for case in cases][:3] == ["gemm", "one_gemm", "dx"]
+    assert all(case["source"] == sources.fingerprint(case["kernel"]) for case in cases)
+
+
+def test_parts_that_there_are_not() -> None:
+    command = [sys.executable, "-m", "benchmarks.tune", "--part", "3/2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "expected table or i/n with 1 <= i <= n, got '3/2'" in done.stderr
