@@ -229,12 +229,15 @@ def tile_of(
 ) -> Tile:
     """The tile of a kernel on such a device: measured, else as in ``lookup``; ``wide``: for elements of over 4 bytes.
 
-    What is measured was timed without dropout, and serves only calls without.
+    What is measured was timed without dropout, and serves only calls without; and on products with tiles for every
+    multiprocessor, and serves none with fewer.
 
     Raises:
         ValueError: the rank exceeds that of every row.
     """
     fields = measured.tile(kernel, capability, width.value, r, dropout)
+    if fields and n and -(-m // fields[0]) * -(-n // fields[1]) < programs and not measured.on_trial():
+        fields = None
     tile = Tile(*fields) if fields else lookup(kernel, family, width, r, dropout, m, n, programs)
     return replace(tile, num_stages=1) if wide else tile  # the pipelines hold elements of up to 32 bits
 

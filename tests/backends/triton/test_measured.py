@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -71,6 +72,15 @@ def test_the_table_holds_where_nothing_was_measured(other: Any) -> None:
     """For another rank, kernel, device or width; and with dropout, which takes registers of its own."""
     kernel, _, *rest = other
     assert tile_of(*other) == configurations.lookup(kernel, Family.HOPPER, *rest)
+
+
+def test_small_products_are_left_to_the_table() -> None:
+    """A tile that was fastest where every multiprocessor had one, would leave most of them idle."""
+    of = partial(configurations.tile_of, "one_pass", Family.HOPPER, (9, 0), Width.HALF, 16, programs=132)
+    assert of(m=8192, n=4096) == Tile(128, 64, 32, 4, 5)
+    assert of(m=1024, n=768) == configurations.lookup("one_pass", Family.HOPPER, Width.HALF, 16, False, 1024, 768, 132)
+    with measured.trial("one_pass", (16, 16, 16, 4, 1)):
+        assert of(m=16, n=16) == Tile(16, 16, 16, 4, 1)
 
 
 def test_configurations_name_what_was_measured() -> None:
