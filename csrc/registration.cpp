@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(adalora_native, m) {
       "Tensor grads, float beta1, float beta2) -> Tensor");
   m.def(
       "importance_layer(Tensor(a!) state, Tensor half, Tensor(b!) scores, Tensor(c!) finite, Tensor shapes, int layer, "
-      "Tensor params, Tensor grads, Tensor? slopes, int slopes_A, int slopes_B, float scale, float beta1, "
+      "Tensor params, Tensor grads, Tensor? slopes, int slopes_A, int slopes_B, Tensor? scale, float beta1, "
       "float beta2) -> ()");
   m.def(
       "adamw_update(Tensor shapes, Tensor params, Tensor grads, Tensor(b!) moments, Tensor(c!) steps, "
@@ -23,7 +23,7 @@ STABLE_TORCH_LIBRARY(adalora_native, m) {
   m.def("mask_to_budget(Tensor scores, Tensor(a!) live, Tensor enabled, Tensor lora_E, int budget) -> Tensor");
   m.def("zero_pruned(Tensor live, Tensor lora_E) -> ()");
   m.def("orthogonality(Tensor matrices, float factor, bool squared) -> (Tensor, Tensor)");
-  m.def("orthogonality_gradients(Tensor matrices, Tensor slopes, float scale, Tensor grads, bool add) -> ()");
+  m.def("orthogonality_gradients(Tensor matrices, Tensor slopes, Tensor scale, Tensor grads, bool add) -> ()");
   m.def("dropout(Tensor x, int threshold, float scale, Tensor seed) -> Tensor");
   m.def(
       "lowrank_forward(Tensor x, Tensor lora_A, Tensor lora_E, Tensor lora_B, Tensor? mask, float scaling, "

@@ -111,7 +111,7 @@ def importance_layer(
     beta2: float,
 ) -> None:
     """One layer's share of ``importance_update``, bit for bit; see ``reference.importance.importance_layer``."""
-    slopes, offset_A, offset_B, scale = (None, 0, 0, 0.0) if term is None else (*term[:3], term.scale.item())
+    slopes, offset_A, offset_B, scale = (None, 0, 0, None) if term is None else term
     ops = _ops("cpu")
     theta, _held = views_or_copies("params", params, state)
     if term is None:
@@ -246,7 +246,7 @@ def orthogonality_gradients(
     """The gradients of all matrices, written or added; see ``reference.orthogonality.orthogonality_gradients``."""
     ops = _ops("cpu")
     table, _held = views_or_copies("lora_A, lora_B", [*lora_A, *lora_B], slopes)
-    ops.orthogonality_gradients(table, slopes, scale.item(), views_of("grads", grads, slopes), add)
+    ops.orthogonality_gradients(table, slopes, scale, views_of("grads", grads, slopes), add)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:

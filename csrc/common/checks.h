@@ -32,6 +32,14 @@ inline int64_t check_table(const Tensor& table, int64_t rows, const char* name) 
   return table.size(1);
 }
 
+// One number on the CPU, fp32 or fp64.
+inline double number_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.numel() == 1, name, ": expected one number on the CPU");
+  if (tensor.scalar_type() == ScalarType::Double) return *static_cast<const double*>(tensor.const_data_ptr());
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, ": expected float32 or float64");
+  return *static_cast<const float*>(tensor.const_data_ptr());
+}
+
 // The rows of a table that csrc/python/read.h has filled.
 inline std::span<const View> views_of(const Tensor& table, const char* name) {
   const bool fits = table.is_cpu() && table.dim() == 2 && table.size(1) == kViewWords;

@@ -67,9 +67,8 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
 }
 
 void importance_layer(Tensor state, const Tensor& half, Tensor scores, Tensor finite, const Tensor& shapes,
-                      int64_t layer, const Tensor& params, const Tensor& grads,
-                      std::optional<Tensor> slopes, int64_t slopes_A, int64_t slopes_B, double scale, double beta1,
-                      double beta2) {
+                      int64_t layer, const Tensor& params, const Tensor& grads, std::optional<Tensor> slopes,
+                      int64_t slopes_A, int64_t slopes_B, std::optional<Tensor> scale, double beta1, double beta2) {
   const int64_t layers = check_table(shapes, 3, "shapes");
   STD_TORCH_CHECK(layer >= 0 && layer < layers, "layer: expected one of ", layers, ", got ", layer);
   const int64_t* sizes = static_cast<const int64_t*>(shapes.const_data_ptr());
@@ -85,8 +84,10 @@ void importance_layer(Tensor state, const Tensor& half, Tensor scores, Tensor fi
   const std::vector<Operand> read_params = operands_of(theta, own, 1, "params", false);
   const std::vector<Operand> read_grads = operands_of(gradients, own, 1, "grads", true);
   if (slopes.has_value()) {
-    add_orthogonality_gradient(theta[0], false, *slopes, slopes_A, scale, gradients[0]);
-    add_orthogonality_gradient(theta[2], true, *slopes, slopes_B, scale, gradients[2]);
+    STD_TORCH_CHECK(scale.has_value(), "scale: expected one beside the slopes");
+    const double factor = number_of(*scale, "scale");
+    add_orthogonality_gradient(theta[0], false, *slopes, slopes_A, factor, gradients[0]);
+    add_orthogonality_gradient(theta[2], true, *slopes, slopes_B, factor, gradients[2]);
   }
   static_cast<bool*>(finite.mutable_data_ptr())[layer] =
       update_any(state, averages, first, scores, rank, own, 1, read_params, read_grads, beta1, beta2);

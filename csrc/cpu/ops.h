@@ -18,9 +18,8 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
 // One layer's share of importance_update, for its backward: scores and finite are of all layers, and nothing is flipped.
 // Where there are slopes, the orthogonality gradient is added to the gradients of A and B first.
 void importance_layer(Tensor state, const Tensor& half, Tensor scores, Tensor finite, const Tensor& shapes,
-                      int64_t layer, const Tensor& params, const Tensor& grads,
-                      std::optional<Tensor> slopes, int64_t slopes_A, int64_t slopes_B, double scale, double beta1,
-                      double beta2);
+                      int64_t layer, const Tensor& params, const Tensor& grads, std::optional<Tensor> slopes,
+                      int64_t slopes_A, int64_t slopes_B, std::optional<Tensor> scale, double beta1, double beta2);
 Tensor adamw_update(const Tensor& shapes, const Tensor& params, const Tensor& grads, Tensor moments,
                     Tensor steps, const Tensor& groups, const Tensor& settings, const Tensor& grad_scale,
                     std::optional<Tensor> state, std::optional<Tensor> half, std::optional<Tensor> scores, double beta1,
@@ -31,7 +30,8 @@ Tensor mask_to_budget(const Tensor& scores, Tensor live, const Tensor& enabled, 
 void zero_pruned(const Tensor& live, const Tensor& lora_E);
 // `matrices`: all A, then all B.
 std::tuple<Tensor, Tensor> orthogonality(const Tensor& matrices, double factor, bool squared);
-void orthogonality_gradients(const Tensor& matrices, const Tensor& slopes, double scale, const Tensor& grads, bool add);
+void orthogonality_gradients(const Tensor& matrices, const Tensor& slopes, const Tensor& scale, const Tensor& grads,
+                             bool add);
 // The same for one matrix, added to its gradient; its slopes begin at `offset`.
 void add_orthogonality_gradient(const View& matrix, bool columns, const Tensor& slopes, int64_t offset, double scale,
                                 const View& grad);

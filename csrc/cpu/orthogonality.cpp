@@ -191,7 +191,9 @@ std::tuple<Tensor, Tensor> orthogonality(const Tensor& table, double factor, boo
   return {value, slopes};
 }
 
-void orthogonality_gradients(const Tensor& table, const Tensor& slopes, double scale, const Tensor& grads, bool add) {
+void orthogonality_gradients(const Tensor& table, const Tensor& slopes, const Tensor& scale, const Tensor& grads,
+                             bool add) {
+  const double factor = number_of(scale, "scale");
   const std::vector<Matrix> matrices = matrices_of(table);
   const ScalarType dtype = slopes.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "slopes: expected float32 or float64");
@@ -203,10 +205,11 @@ void orthogonality_gradients(const Tensor& table, const Tensor& slopes, double s
   for (size_t i = 0; i < targets.size(); ++i) gradients.push_back(gradient_of(targets[i], matrices[i]));
   const auto& kernels = ADALORA_KERNELS(orthogonality_kernels);
   if (dtype == ScalarType::Double) {
-    differentiate_all(matrices, kernels.f64, static_cast<const double*>(slopes.const_data_ptr()), scale, gradients, add);
+    differentiate_all(matrices, kernels.f64, static_cast<const double*>(slopes.const_data_ptr()), factor, gradients,
+                      add);
   } else {
     differentiate_all(matrices, kernels.f32, static_cast<const float*>(slopes.const_data_ptr()),
-                      static_cast<float>(scale), gradients, add);
+                      static_cast<float>(factor), gradients, add);
   }
 }
 
