@@ -1,5 +1,4 @@
-// Module adalora_kernels._C: schemas of all native ops, and their CPU implementations. Parameters, gradients, matrices and
-// the layers' E come as tables of views (python/read.h), through which they are also written.
+// Module adalora_kernels._C: schemas of all native ops, and their CPU implementations.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/ops.h"
@@ -51,4 +50,4 @@ STABLE_TORCH_LIBRARY_IMPL(adalora_native, CPU, m) {
   m.impl("lowrank_backward", TORCH_BOX(&adalora::cpu::lowrank_backward));
 }
 
-ADALORA_MODULE(_C, {"read", adalora::python::read, kFastCall, "read(tensors, place, table, layout): see csrc/python/read.h"})
+ADALORA_MODULE(_C, {"read", adalora::python::read, kFastCall, "read(tensors, place, table, layout): csrc/python/read.h"})

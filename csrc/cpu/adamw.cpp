@@ -3,7 +3,8 @@
 // bytes an element in fp32; without importance 28.
 //
 // `shapes`, parameters and gradients as in importance.cpp. `groups`: for each parameter a row of `settings`, which has
-// lr, weight decay, β₁, β₂, ε. `moments`: [2, elements], first and second. `steps`: how often each parameter was stepped.
+// lr, weight decay, β₁, β₂, ε. `moments`: [2, elements], first and second. `steps`: how often each parameter was
+// stepped.
 #include "cpu/simd/adamw.h"
 
 #include <cmath>
@@ -39,7 +40,8 @@ bool sweep(const Optimizer<T>& optimizer, const Averages* averages, const Tensor
   const bool past_caches = averages != nullptr && averages->streamed();
   const auto at = [](auto* base, int64_t offset) { return base == nullptr ? nullptr : base + offset; };
   const auto segment = [&](const triplet_sweep::Item& item, int64_t begin, int64_t count, T* scratch) {
-    const Operand param = params[item.tensor].from(item.begin + begin), grad = grads[item.tensor].from(item.begin + begin);
+    const int64_t element = item.begin + begin;
+    const Operand param = params[item.tensor].from(element), grad = grads[item.tensor].from(element);
     const int64_t first = item.offset + begin, second = elements + first;
     const AdamSettings<T>& settings = optimizer.settings[item.tensor];
     if (grad.data == nullptr) {

@@ -1,8 +1,7 @@
 // One step of the averages of all layers, and the score of every triplet (csrc/common/importance.h). One sweep reads
 // θ, g, Ī, Ū and writes the other half of Ī, Ū: 24 bytes an element in fp32.
 //
-// `shapes`: R, K, N of each layer. The parameters come as A₀, E₀, B₀, A₁, …; a gradient without elements stands for one
-// that is missing.
+// `shapes`: R, K, N of each layer. The parameters come as A₀, E₀, B₀, A₁, …; a gradient may be missing.
 #include "cpu/simd/importance.h"
 
 #include "cpu/averages.h"
@@ -25,7 +24,8 @@ bool update(const Averages& averages, int64_t first, T* scores, const int64_t* s
   const T* old = averages.current<T>() + first;
   T* fresh = averages.next<T>() + first;
   const auto segment = [&](const triplet_sweep::Item& item, int64_t begin, int64_t count, T* scratch) {
-    const Operand param = params[item.tensor].from(item.begin + begin), grad = grads[item.tensor].from(item.begin + begin);
+    const int64_t element = item.begin + begin;
+    const Operand param = params[item.tensor].from(element), grad = grads[item.tensor].from(element);
     const int64_t offset = item.offset + begin;
     return run({param.data, grad.data, param.dtype, grad.dtype, old + offset, old + elements + offset, fresh + offset,
                 fresh + elements + offset, count, scratch, item.period, scratch + item.period, averages.streamed()},

@@ -1,5 +1,5 @@
-// The CPU ops that registration.cpp registers. `shapes` is int64 [3, layers] on the CPU: R, K, N of each layer. Many
-// tensors come as a table of views (csrc/python/read.h), which says nothing of who writes to them.
+// The CPU ops that registration.cpp registers. `shapes` is int64 [3, layers] on the CPU: R, K, N of each layer. `params`,
+// `grads`, `tensors`, `matrices` and `lora_E` are tables of views (csrc/python/read.h), through which they are written.
 #pragma once
 
 #include <optional>
@@ -15,7 +15,7 @@ std::string instruction_set();
 
 Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& params,
                          const Tensor& grads, double beta1, double beta2);
-// One layer's share of importance_update, for its backward: scores and finite are of all layers, and nothing is flipped.
+// One layer's share of importance_update, for its backward: scores and finite are of all layers; nothing is flipped.
 // Where there are slopes, the orthogonality gradient is added to the gradients of A and B first.
 void importance_layer(Tensor state, const Tensor& half, Tensor scores, Tensor finite, const Tensor& shapes,
                       int64_t layer, const Tensor& params, const Tensor& grads, std::optional<Tensor> slopes,

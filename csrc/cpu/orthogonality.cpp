@@ -5,6 +5,7 @@
 // or adds it to one that is there. A matrix is one item; values are added up in the matrices' order: bitwise
 // repeatable.
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "cpu/ops.h"
@@ -27,7 +28,8 @@ struct Matrix {
 
 Matrix matrix_of(const View& view, bool columns, int64_t slopes) {
   STD_TORCH_CHECK(view.there() && view.contiguous(), "matrices: expected contiguous ones");
-  return {view.data, view.dtype, columns ? view.columns : view.rows, columns ? view.rows : view.columns, columns, slopes};
+  const auto [rank, length] = columns ? std::pair(view.columns, view.rows) : std::pair(view.rows, view.columns);
+  return {view.data, view.dtype, rank, length, columns, slopes};
 }
 
 // Of all A, then all B.

@@ -22,7 +22,8 @@ void check_shares(const Tensor& shares, int64_t length, int64_t r, const char* n
 // In 16 or 32 bits.
 ScalarType scalar_type(DType dtype) {
   STD_TORCH_CHECK(dtype != DType::kFloat64, "params: expected 16 or 32 bits");
-  return dtype == DType::kFloat32 ? ScalarType::Float : dtype == DType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half;
+  if (dtype == DType::kFloat32) return ScalarType::Float;
+  return dtype == DType::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half;
 }
 
 const float* floats(const std::optional<Tensor>& tensor, int64_t offset = 0) {

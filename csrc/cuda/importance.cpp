@@ -54,9 +54,9 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
   return update(state, half, scores, plan, {}, beta1, beta2);
 }
 
-Tensor importance_handed_over(Tensor state, Tensor half, Tensor scores, const Tensor& shapes,
-                              const Tensor& params, const Tensor& grads, Tensor sums, Tensor probes,
-                              Tensor redone, const Tensor& known, double beta1, double beta2) {
+Tensor importance_handed_over(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& params,
+                              const Tensor& grads, Tensor sums, Tensor probes, Tensor redone, const Tensor& known,
+                              double beta1, double beta2) {
   const int64_t layers = check_table(shapes, 3, "shapes");
   const int64_t* sizes = static_cast<const int64_t*>(shapes.const_data_ptr());
   STD_TORCH_CHECK(known.is_cpu(), "known: expected on the CPU");

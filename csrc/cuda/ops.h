@@ -14,12 +14,12 @@ Tensor importance_update(Tensor state, Tensor half, Tensor scores, const Tensor&
                          const Tensor& grads, double beta1, double beta2);
 
 // The same where backwards have left `sums` and `probes` of those gradients that are `known`, a table on the CPU.
-Tensor importance_handed_over(Tensor state, Tensor half, Tensor scores, const Tensor& shapes,
-                              const Tensor& params, const Tensor& grads, Tensor sums, Tensor probes,
-                              Tensor redone, const Tensor& known, double beta1, double beta2);
+Tensor importance_handed_over(Tensor state, Tensor half, Tensor scores, const Tensor& shapes, const Tensor& params,
+                              const Tensor& grads, Tensor sums, Tensor probes, Tensor redone, const Tensor& known,
+                              double beta1, double beta2);
 
 // dA, dE, dB from the shares that slabs of rows left; writes this layer's averages, `sums` and `probes`. `before`: the
-// gradients that were there; a tensor without elements stands for one that was not.
+// gradients that were there, some of which may be missing.
 std::tuple<Tensor, Tensor, Tensor> finish_gradients(const Tensor& t_shares, const Tensor& a_shares,
                                                     const Tensor& params, std::optional<Tensor> mask,
                                                     double scaling, const Tensor& before,

@@ -11,9 +11,9 @@ enum Layout : Py_ssize_t { kContiguousRows = 0, kContiguousMatrices = 1, kContig
 
 // read(tensors, place, table, layout) -> int
 //
-// Fills `table`, int64 [len(tensors), 5] on the CPU, with a View of each tensor; None has one too. They are to be of fp32,
-// fp64, bf16 or fp16, on the device of the tensor `place`, with the layout. Returns the number of the first that isn't
-// such, -1 where all are. Whoever uses the table holds the tensors, unmoved, for as long.
+// Fills `table`, int64 [len(tensors), 5] on the CPU, with a View of each tensor; None has one too. They are to be of
+// fp32, fp64, bf16 or fp16, on the device of the tensor `place`, with the layout. Returns the number of the first that
+// isn't such, -1 where all are. Whoever uses the table holds the tensors, unmoved, for as long.
 PyObject* read(PyObject* module, PyObject* const* arguments, Py_ssize_t count);
 
 }  // namespace adalora::python
