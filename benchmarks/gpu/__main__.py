@@ -38,7 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--dry", action="store_true", help="interpret tiny shapes on the CPU; nothing is timed")
     parser.add_argument("--part", default="core", help=f"{', '.join(PARTS)} (default core), or i/n of the sweep")
-    parser.add_argument("--seconds", type=float, default=450, help="no case is begun after so long (default 450)")
+    parser.add_argument("--seconds", type=float, default=420, help="no case is begun after so long (default 420)")
     where = "where records go (default benchmarks/results; for a dry run build/dry, which git ignores)"
     parser.add_argument("--results", type=Path, help=where)
     options = parser.parse_args()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ class Machine:
                 "capability": f"{properties.major}.{properties.minor}",
                 "multiprocessors": properties.multi_processor_count,
                 "cuda": torch.version.cuda,
+                "float32_products": torch.get_float32_matmul_precision(),
             }
         found["kernels"] = fingerprint_of_all()
         return found | {"python": platform.python_version(), **{name: installed(name) for name in _PACKAGES}}
@@ -104,15 +107,35 @@ class Machine:
         return interleave(contestants, self.rounds, 0 if self.dry else 2, clock)
 
     def _seconds(self, run: Run) -> float:
-        """Device time of one run."""
+        """Device time of one run, which is queued while the device is kept busy: its launch is no part of it."""
         if self.dry:
             return wall_seconds(run)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_BUSY_CLOCKS)
         start.record()
         run()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
+
+    def repeats(self, runs: Sequence[Run]) -> int:
+        """How often to record these runs in one graph, so that what a replay takes beside them does not count."""
+        if self.dry:
+            return 1
+        graph = self.recorded(runs)
+        graph()
+        seconds = min(self._seconds(graph) for _ in range(3))
+        return max(1, min(_MOST_RUNS // len(runs), math.ceil(_LONG_ENOUGH / seconds)))
+
+    def state(self) -> dict[str, Any]:
+        """Clock, power and temperature of the device as it is now, as far as it tells."""
+        if self.dry or find_spec("pynvml") is None:
+            return {}
+        return {
+            "megahertz": torch.cuda.clock_rate(),
+            "watts": torch.cuda.power_draw() / 1e3,
+            "celsius": torch.cuda.temperature(),
+        }
 
     def wait(self) -> None:
         """Until the device is idle."""
@@ -125,6 +148,8 @@ class Machine:
             torch.cuda.empty_cache()
 
 
+_BUSY_CLOCKS = 400_000  # 0.2 ms, in which a graph is queued
+_LONG_ENOUGH, _MOST_RUNS = 1e-3, 128  # seconds, and runs, of a graph
 _PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 
 

@@ -16,6 +16,7 @@ from benchmarks.gpu.withheld import BOTH, FORWARD, Withheld, why
 from benchmarks.timing import Sample, ratio
 
 NOTHING: Withheld = {}
+_AGAIN = "frozen, once more"
 
 
 def measure(case: Case, machine: Machine, compiled: bool = False, withheld: Withheld = NOTHING) -> list[dict[str, Any]]:
@@ -64,21 +65,27 @@ def measure(case: Case, machine: Machine, compiled: bool = False, withheld: With
 
 
 def replayed(runs: Mapping[str, Sequence[Run]], machine: Machine) -> dict[str, Any]:
-    """Times and ratios of contestants, each of which has as many runs, replayed as one graph."""
+    """Times and ratios of contestants, each of which has as many runs, replayed as one graph; the frozen one twice."""
     pool = machine.pool()
-    graphs = {name: machine.recorded(of, pool) for name, of in runs.items()}
+    repeats = machine.repeats(runs[contest.FROZEN])
+    graphs = {name: machine.recorded([*of] * repeats, pool) for name, of in runs.items()}
+    graphs[_AGAIN] = machine.recorded([*runs[contest.FROZEN]] * repeats, pool)
     seconds = machine.replays(graphs)
+    state = machine.state()
     del graphs
     machine.forget()
-    return _summary(seconds, len(runs[contest.FROZEN]))
+    return _summary(seconds, repeats * len(runs[contest.FROZEN])) | ({"device": state} if state else {})
 
 
 def _summary(seconds: dict[str, list[float]], runs: int) -> dict[str, Any]:
-    """Medians with 20/80 percentiles per run, in µs, and the ratios to the frozen linear."""
+    """Medians with 20/80 percentiles per run, in µs, the ratios to the frozen linear, and the noise."""
+    noise = abs(ratio(seconds.pop(_AGAIN), seconds[contest.FROZEN]) - 1)
     scaled = {name: [1e6 * s / runs for s in values] for name, values in seconds.items()}
     return {
         "microseconds": {name: vars(Sample.of(values)) for name, values in scaled.items()},
         "ratio_to_frozen": {name: ratio(values, seconds[contest.FROZEN]) for name, values in seconds.items()},
+        "noise": noise,
+        "runs": runs,
         "rounds": len(seconds[contest.FROZEN]),
     }
 
