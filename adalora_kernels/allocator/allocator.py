@@ -164,16 +164,19 @@ class RankAllocator(BudgetEngine):
             global_step: the optimizer step that is about to be made, counted from 0.
 
         Raises:
-            ValueError: another variant, whose importance reads the parameters after the step; or as
-                ``update_and_mask``. Nothing changes.
+            ValueError: another variant, whose importance reads the parameters after the step; an attached optimizer,
+                which would take the gradients again; or as ``update_and_mask``. Nothing changes.
         """
         if not self.pre_step:
             raise ValueError(f"variant: expected 'paper', which alone scores before the step, got {self.variant!r}")
+        if self.attached:
+            raise ValueError("update_importance: the attached optimizer's step does it; leave this call out, or detach")
         self._measured = self._measure(model, global_step, before_step=True)
 
     def _measure(self, model: nn.Module, step: int, before_step: bool) -> tuple[Turn, Tensor | None]:
-        measured, self._measured = self._measured, None
+        measured = self._measured
         if measured is not None and measured[0].step in (step, None) and not before_step:
+            self._measured = None
             return measured
         bound_to = self.model
         if model is not bound_to:

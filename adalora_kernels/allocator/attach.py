@@ -77,16 +77,14 @@ class Attachment:
                 f"optimizer: expected found_inf and grad_scale as attributes, as torch's fused optimizers take them; "
                 f"{type(optimizer).__name__} takes the GradScaler itself: call its unscale_ first and detach"
             )
-        _unscale(optimizer)
         allocator = self._allocator
         turn = allocator.begin(None if self._step is None else self._step())
-        finite = None
-        if allocator.pre_step:
-            closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-            if turn.plan.update and closure is not None:
-                raise ValueError("closure: expected None, since variant 'paper' needs the gradients before the step")
-            finite = allocator.update(turn, getattr(optimizer, "found_inf", None))
-        self._turn = turn, finite
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        if allocator.pre_step and turn.plan.update and closure is not None:
+            raise ValueError("closure: expected None, since variant 'paper' needs the gradients before the step")
+        _unscale(optimizer)
+        early = allocator.update(turn, getattr(optimizer, "found_inf", None)) if allocator.pre_step else None
+        self._turn = turn, early
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._turn is None:

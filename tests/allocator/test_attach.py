@@ -192,8 +192,19 @@ def test_paper_by_hand_needs_the_call_before_the_step() -> None:
     allocator.update_importance(model, 7)
     with pytest.raises(ValueError, match=r"expected update_importance\(model, 8\) before it"):
         allocator.update_and_mask(model, 8)
+    assert allocator.update_and_mask(model, 7)[0] > 0 and allocator.global_step == 7
     with pytest.raises(ValueError, match=r"^variant: expected 'paper', which alone scores before the step"):
         made()[1].update_importance(model, 0)
+
+
+def test_what_the_attached_optimizer_does_is_not_done_besides() -> None:
+    model, allocator = made("paper")
+    allocator.attach(adam(model))
+    loss_of(model, 0, torch.float32).backward()
+    before = snapshot(model, allocator)
+    with pytest.raises(ValueError, match=r"^update_importance: the attached optimizer's step does it; leave"):
+        allocator.update_importance(model, 0)
+    assert_unchanged(before, model, allocator)
 
 
 class WithHead(nn.Module):
@@ -265,6 +276,20 @@ def test_overflow_under_a_scaler_leaves_no_trace(variant: str, fused: bool, wher
             assert_unchanged(before, model, allocator)
     assert len(stepped) == (31 if fused else 28) == allocator.next_step
     assert all(t.isfinite().all() for t in snapshot(model, allocator))
+
+
+def test_what_is_refused_is_not_unscaled_first() -> None:
+    """Or the step that is made again, when the cause is cured, would unscale a second time."""
+    model, allocator = made()
+    optimizer, scaler = scaled(model, fused=True)
+    allocator.attach(optimizer)
+    scaler.scale(loss_of(model, 0, torch.float32)).backward()
+    before = [p.grad.clone() for t in allocator.triplets for p in t.parameters if p.grad is not None]
+    allocator.total_step = None
+    with pytest.raises(ValueError, match=r"^total_step"):
+        scaler.step(optimizer)
+    after = [p.grad for t in allocator.triplets for p in t.parameters]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_an_optimizer_that_takes_the_scaler_itself_is_refused() -> None:
