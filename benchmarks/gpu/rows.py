@@ -100,7 +100,7 @@ def engine_rows(records: list[dict[str, Any]]) -> Iterator[Row]:
     """What the budget engine must reach, whether there is a record or not."""
     found = {record["benchmark"]: record for record in records}
     whole = found.get(engine.WHOLE, {}).get("peft_over_ours", {})
-    for ours in (step.OURS, step.OURS_SWEPT):
+    for ours in (step.OURS, engine.REPLAYED, step.OURS_SWEPT):
         yield Row(f"{engine.WHOLE}, {ours}: PEFT / ours", whole.get(ours), _ENGINE_OVER_PEFT, at_least=True)
     alone = found.get(engine.IMPORTANCE, {}).get("importance_to_copy", {"triton": None})
     for backend, figure in alone.items():
