@@ -8,7 +8,6 @@ calls the launcher directly (8 µs of host time; through the dispatcher it would
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adalora_kernels.backends import rows
 from adalora_kernels.backends.select import Backend, Selection, implementation, parse, select
 from adalora_kernels.ops.checks import as_float, check_layer
 from adalora_kernels.ops.importance import LayerImportance, begin_layer, sink_of
@@ -153,7 +153,7 @@ def _as_expression(
     """The reference's expression, which torch.func can transform (grad, vmap, jvp); a Function of ours it can't."""
     if parse(backend) not in (None, Backend.REFERENCE):
         raise RuntimeError(f"backend: expected None or 'reference' under torch.func's transforms, got {backend!r}")
-    tokens, n = math.prod(x.shape[:-1]), adapter.lora_B.shape[0]
+    tokens, n = rows.tokens_of(x), adapter.lora_B.shape[0]
     base_2d = None if base is None else base.reshape(tokens, n).clone()
     with autocast_off(x):
         y, _ = expression(x.reshape(tokens, x.shape[-1]), weight, bias, base_2d, adapter)
@@ -168,13 +168,17 @@ def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
 
 @cache
 def launchers(selection: Selection) -> tuple[Any, Any]:
-    """Forward and backward of a backend, the plan that was asked for among their arguments."""
+    """Forward and backward of a backend for x of any leading shape, the plan that was asked for among the arguments."""
     module = implementation("svd_linear", selection.backend)
-    if selection.backend is Backend.REFERENCE:
-        return module.forward, module.backward
-    forward, backward = module.svd_linear_forward, module.svd_linear_backward
-    plan = selection.plan_asked_for
-    return (partial(forward, plan=plan), partial(backward, plan=plan)) if plan else (forward, backward)
+    if selection.backend is Backend.TRITON:
+        forward, backward = module.svd_linear_forward, module.svd_linear_backward
+        plan = selection.plan_asked_for
+        return (partial(forward, plan=plan), partial(backward, plan=plan)) if plan else (forward, backward)
+    reference = selection.backend is Backend.REFERENCE
+    forward, backward = (
+        (module.forward, module.backward) if reference else (module.svd_linear_forward, module.svd_linear_backward)
+    )
+    return partial(rows.forward, forward), partial(rows.backward, backward)
 
 
 def _u_columns(rank: int, selection: Selection) -> int:
@@ -194,17 +198,12 @@ def _forward(
     adapter: Adapter,
     selection: Selection,
 ) -> tuple[Tensor, Tensor]:
-    """Launch with tokens flattened; ``base`` is added to in place."""
+    """Launch; ``base`` is added to in place."""
     launch, _ = launchers(selection)
-    n = adapter.lora_B.shape[0]
-    tokens = math.prod(x.shape[:-1])  # not -1, which K = 0 or N = 0 would leave open
-    base_2d = None if base is None else base.reshape(tokens, n)
     with autocast_off(x):
-        y, u = launch(x.reshape(tokens, x.shape[-1]), weight, bias, base_2d, adapter)
-    if base is None and x.dim() == 2:
-        return y, u
-    # Not .view(): what a Function returns must not be a view, or users could no longer add to it in place.
-    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], n)), u
+        y, u = launch(x, weight, bias, base, adapter)
+    # What a Function returns must be neither its argument nor a view.
+    return y if base is None else torch.ops.aten._unsafe_view.default(y, base.shape), u
 
 
 def _backward(
@@ -224,18 +223,16 @@ def _backward(
     """
     need_x, need_weight, need_bias, *need_adapter = needs
     _, launch = launchers(selection)
-    tokens = math.prod(x.shape[:-1])
-    g = grad_y.reshape(tokens, grad_y.shape[-1])
-    x_2d = x.reshape(tokens, x.shape[-1])
     dw = db = None
     with autocast_off(x):
         extra = {} if importance is None else {"importance": importance}
-        dx, dA, dE, dB = launch(g, x_2d, u, weight, adapter, (need_x, *need_adapter), **extra)
+        dx, dA, dE, dB = launch(grad_y, x, u, weight, adapter, (need_x, *need_adapter), **extra)
         if need_weight and weight is not None:
-            dw = (g.to(adapter.compute_dtype).t() @ x_2d.to(adapter.compute_dtype)).to(weight.dtype)
+            g, x_2d = rows.flat(grad_y).to(adapter.compute_dtype), rows.flat(x).to(adapter.compute_dtype)
+            dw = (g.t() @ x_2d).to(weight.dtype)
         if need_bias and bias is not None:
-            db = g.sum(0).to(bias.dtype)
-    return None if dx is None else dx.view(x.shape), dw, db, dA, dE, dB
+            db = rows.flat(grad_y).sum(0).to(bias.dtype)
+    return dx, dw, db, dA, dE, dB
 
 
 class _SVDLinear(torch.autograd.Function):
@@ -339,7 +336,7 @@ def _forward_fake(x: Tensor, weight: Any, bias: Any, base: Tensor | None, *rest:
     dtype, rank = adapter.compute_dtype, adapter.lora_A.shape[0]
     y = x.new_empty((*x.shape[:-1], adapter.lora_B.shape[0]), dtype=dtype if base is None else base.dtype)
     columns = _u_columns(rank, _resolve(x, adapter, backend))
-    return y, x.new_empty((math.prod(x.shape[:-1]), columns), dtype=dtype)
+    return y, x.new_empty((rows.tokens_of(x), columns), dtype=dtype)
 
 
 def _backward_op(grad_y: Tensor, x: Tensor, u: Tensor, weight: Any, bias: Any, *rest: Any) -> tuple[Tensor, ...]:

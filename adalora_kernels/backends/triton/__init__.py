@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adalora_kernels.backends import rows
 from adalora_kernels.backends.triton import plans
 from adalora_kernels.backends.triton.backward.frozen import has_low_rank
 from adalora_kernels.backends.triton.problem import problem_of
@@ -71,6 +72,7 @@ def svd_linear_forward(
     """As ``reference.svd_linear.forward``, with u [M, rank_padding(R)]: 0 in its columns past R.
 
     Args:
+        x: [..., K]; ``base`` and y are of its leading shape.
         plan: asked for by name, as in ``plans.parse``; None leaves it to ``plans.choose``.
         The others as in the reference.
 
@@ -79,6 +81,8 @@ def svd_linear_forward(
     """
     if interpreted():
         return _forward(x, weight, bias, base, adapter, plan)
+    if x.dim() != 2 and not x.is_contiguous():  # to flatten it may take a copy
+        return rows.forward(svd_linear_forward, x, weight, bias, base, adapter, plan)
     from adalora_kernels.backends.triton.replay import replayed
 
     tensors, numbers = (x, weight, bias, base, *adapter[:5]), (plan, *adapter[5:])
@@ -87,6 +91,12 @@ def svd_linear_forward(
 
 
 def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, adapter: Adapter, plan: str | None
+) -> tuple[Tensor, Tensor]:
+    return rows.forward(_forward_of_rows, x, weight, bias, base, adapter, plan)
+
+
+def _forward_of_rows(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, base: Tensor | None, adapter: Adapter, plan: str | None
 ) -> tuple[Tensor, Tensor]:
     choice = plans.choose(problem_of(x, weight, adapter), plan)
@@ -104,12 +114,14 @@ def svd_linear_backward(
     plan: str | None = None,
     importance: LayerImportance | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As ``reference.svd_linear.backward``, with the u of ``svd_linear_forward``; ``plan`` and errors as there.
+    """As ``reference.svd_linear.backward``, with the u of ``svd_linear_forward``; shapes, ``plan``, errors as there.
 
     ``importance``: of the layer, to be updated on the way as ``reference.handover`` says.
     """
     if interpreted() or (importance is not None and importance.finisher is not None):
         return _backward(grad_y, x, u, weight, adapter, needs, plan, importance)
+    if x.dim() != 2 and not (x.is_contiguous() and grad_y.is_contiguous()):
+        return rows.backward(svd_linear_backward, grad_y, x, u, weight, adapter, needs, plan, importance)
     from adalora_kernels.backends.triton.replay import replayed
 
     tensors: tuple[Tensor | None, ...] = (grad_y, x, u, weight, *adapter[:5])
@@ -132,6 +144,19 @@ def _backward(
     needs: tuple[bool, bool, bool, bool],
     plan: str | None,
     importance: LayerImportance | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    return rows.backward(_backward_of_rows, grad_y, x, u, weight, adapter, needs, plan, importance)
+
+
+def _backward_of_rows(
+    grad_y: Tensor,
+    x: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    adapter: Adapter,
+    needs: tuple[bool, bool, bool, bool],
+    plan: str | None,
+    importance: LayerImportance | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     choice = plans.choose(problem_of(x, weight, adapter, needs[0]), plan)
     dx, dA, dE, dB = plans.launcher("backward", choice.backward)(grad_y, x, u, weight, adapter, needs, importance)

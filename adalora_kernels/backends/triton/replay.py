@@ -36,7 +36,7 @@ _ALLOCATIONS = {
 }
 _VIEWS = {
     *(_aten.t.default, _aten.transpose.int, _aten.view.default, _aten.detach.default, _aten.alias.default),
-    *(_aten.slice.Tensor, _aten.split_with_sizes.default),
+    *(_aten.slice.Tensor, _aten.split_with_sizes.default, _aten._unsafe_view.default),
 }
 
 Result = tuple[Tensor | None, ...]
@@ -149,7 +149,7 @@ def _replay_of(watch: _Watch, tensors: tuple[Tensor | None, ...], results: Resul
     homes: list[Tensor] = []  # of results
     try:
         written = "".join(f"{_source(result, tensors, homes, watch.made)}, " for result in results)
-        others = [t for t in watch.made if all(t is not home for home in homes)]
+        others = [t for t in watch.made if all(t.data_ptr() != home.data_ptr() for home in homes)]
         places = Places(tensors, homes, others, [buffer for buffer, _ in watch.workspaces])
         launches = []
         for kept, grid, args in watch.launches:
@@ -173,7 +173,7 @@ def _replay_of(watch: _Watch, tensors: tuple[Tensor | None, ...], results: Resul
 
 
 def _source(result: Tensor | None, given: Sequence[Tensor | None], homes: list[Tensor], made: Sequence[Tensor]) -> str:
-    """A result of what is made or given; what it lies in is put to ``homes``."""
+    """The source of a result, of what is made or given; what it lies in is put to ``homes``."""
     if result is None:
         return "None"
     address = result.data_ptr()
@@ -183,15 +183,17 @@ def _source(result: Tensor | None, given: Sequence[Tensor | None], homes: list[T
         if number is None:
             raise UnknownOriginError
         return f"added_to(given[{number}])"
-    if all(t is not home for t in homes):
-        homes.append(home)
-    name = f"made[{next(i for i, t in enumerate(homes) if t is home)}]"
+    place = next((i for i, t in enumerate(homes) if t.data_ptr() == home.data_ptr()), len(homes))
+    if place == len(homes):  # in the result's own shape, where it is all that lies there
+        fills = result.is_contiguous() and (result.numel(), result.dtype) == (home.numel(), home.dtype)
+        homes.append(result if fills else home)
+    home = homes[place]
     if result.is_contiguous() and (result.shape, result.dtype) == (home.shape, home.dtype):
-        return name
+        return f"made[{place}]"
     if result.dtype != home.dtype:
         raise UnknownOriginError
     offset = (address - home.data_ptr()) // home.itemsize
-    return f"{name}.as_strided({tuple(result.shape)}, {result.stride()}, {offset})"
+    return f"made[{place}].as_strided({tuple(result.shape)}, {result.stride()}, {offset})"
 
 
 def _added_to(tensor: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 #include <cuda.h>
 #include <elf.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -17,9 +19,10 @@ struct Kernel {
 };
 
 std::map<std::string, Kernel*> kernels;
+std::mutex mutex;  // of the records: several threads launch
 std::vector<std::string> records;
 CUresult next_error = CUDA_SUCCESS;
-int contexts = 0;
+std::atomic<int> contexts = 0;
 thread_local CUcontext context = nullptr;
 constexpr size_t kAddress = sizeof(CUtensorMap) - 8;  // in a tensor map
 
@@ -91,6 +94,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   }
   text += " parameters:";
   for (size_t i = 0; i < kernel->sizes.size(); ++i) text += hex(parameters[i], kernel->sizes[i]) + ",";
+  const std::lock_guard<std::mutex> lock(mutex);
   records.push_back(text);
   return CUDA_SUCCESS;
 }
