@@ -58,7 +58,7 @@ class Apart:
         if self._pipe is None:
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process = context.Process(target=_serve, args=(theirs,))  # which may have children, as inductor has
             self._process.start()
             theirs.close()
         self._busy = True

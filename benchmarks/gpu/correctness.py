@@ -112,7 +112,7 @@ def _whole(machine: Machine) -> Iterator[Job]:
     for variant, swept in product(VARIANTS, (True, False)):
         yield Job(f"graphed_step, {variant}, swept {swept}", graphed.check, (variant, swept, machine), (STEP,))
     for swept in (True, False):
-        yield Job(f"a step waits for nothing, swept {swept}", graphed.check_waits, (swept, machine), (STEP,))
+        yield Job(f"a step waits for nothing, swept {swept}", graphed.check_waits, (swept, machine))
 
 
 def _in_processes_of_their_own(machine: Machine) -> Iterator[Job]:

@@ -86,7 +86,7 @@ def check_waits(swept: bool, machine: Machine) -> list[Check]:
     name = f"a training step, forward to masking, waits for nothing, {'AdaLoraAdamW' if swept else 'AdamW'}"
     if machine.dry:
         return [Check(name, "skipped", "the CPU has nothing to wait for")]
-    with judged(name, STEP) as check:
+    with judged(name) as check:  # a step that waits is a slow one, and its time no less true
         model, optimizer, allocator = training(machine, "peft", swept, capturable=False)
         if not swept:
             allocator.attach(optimizer)

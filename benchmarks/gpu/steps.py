@@ -16,7 +16,7 @@ import torch
 from adalora_kernels.backends.triton import plans
 from benchmarks.gpu.apart import Apart, Failed, Here
 from benchmarks.gpu.machine import Machine
-from benchmarks.gpu.withheld import ENGINE, STEP, Withheld
+from benchmarks.gpu.withheld import ENGINE, GROUP, STEP, Withheld
 from benchmarks.records import Sweep
 from benchmarks.step import compiled, graphed, measure
 from benchmarks.step.case import Case
@@ -24,6 +24,7 @@ from benchmarks.step.models import DRY, REAL, Model
 from benchmarks.step.names import COMPILED, GRAPHED, RANK, TARGET
 
 Record = dict[str, Any]
+MODE_OF_GRAPHS = GRAPHED.rpartition(", ")[2]
 SECONDS = 240.0  # for one case; by torch.compile it takes longest
 
 
@@ -93,8 +94,9 @@ def run(
     machine: Machine, held: Sweep, deadline: float, runner: Apart | Here, withheld: Withheld
 ) -> Iterator[tuple[Planned, Record | str]]:
     """What is not held yet, each case with its record or with why it has none; none is begun after the deadline."""
-    doubted = withheld.get(STEP) or withheld.get(ENGINE)
     for index, case in enumerate(planned(machine)):
+        graph = case.case.get("mode") == MODE_OF_GRAPHS
+        doubted = withheld.get(ENGINE) or withheld.get(GROUP) or (withheld.get(STEP) if graph else None)
         if held.holds(case.case):
             continue
         if doubted is not None or time.monotonic() > deadline:

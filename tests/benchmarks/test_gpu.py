@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import checks, core, engine, graphed, layers, rows, withheld
+from benchmarks.gpu import checks, core, engine, graphed, layers, rows, steps, withheld
 from benchmarks.gpu.apart import Here
 from benchmarks.gpu.checks import Check
 from benchmarks.gpu.layers import Case
@@ -148,6 +148,45 @@ def test_bounds() -> None:
     ]
     kept = record(768, 768, "forward", fast) | {"saved_bytes": 2 * rows.TOKENS * 16 + 1}
     assert next(rows.rows([kept])).holds is False
+
+
+def test_bounds_of_the_budget_engine() -> None:
+    def states(**records: dict[str, Any]) -> list[str]:
+        return [row.state for row in rows.engine_rows([{"benchmark": name} | of for name, of in records.items()])]
+
+    assert set(states()) == {rows.OPEN} and len(states()) == 5
+    whole = {engine.WHOLE: {"peft_over_ours": {"ours": 50.0, engine.REPLAYED: 49.9, names.OURS_SWEPT: 51.0}}}
+    assert states(**whole)[:3] == [rows.HELD, rows.MISSED, rows.HELD]
+    alone = {engine.IMPORTANCE: {"importance_to_copy": {"triton": 1.31, "native": 1.3}}}
+    assert states(**alone)[3:5] == [rows.MISSED, rows.HELD]
+    counts = {engine.LAUNCHES: {"launches": {"ours, 3 layers": 6, "ours, 72 layers": 7, "nothing counted": 0}}}
+    assert states(**counts)[-3:] == [rows.HELD, rows.MISSED, rows.OPEN]
+
+
+@pytest.mark.parametrize(
+    ("subject", "left"), [(withheld.ENGINE, 5), (withheld.GROUP, 5), (withheld.STEP, 2), ("triton:one_pass", 0)]
+)
+def test_steps_that_depend_on_what_failed_are_left(subject: str, left: int, tmp_path: Path) -> None:
+    class Runner:
+        def run(self, function: Any, *args: Any, seconds: float) -> Any:
+            return [{"benchmark": "training step", "case": {}}]
+
+    machine = Machine("cpu", 1, tmp_path)
+    held = Sweep(tmp_path / "steps.json", {"commit": "a"})
+    found = steps.run(machine, held, time.monotonic() + 60, Runner(), {subject: "a check failed: it"})  # type: ignore[arg-type]
+    assert [said for _, said in found if isinstance(said, str)] == ["a check failed: it"] * left
+
+
+def test_a_step_that_chose_what_failed_has_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adalora_kernels.backends.triton import plans
+
+    monkeypatch.setattr(plans, "choose", lambda *_: plans.Choice("published", "split", ""))
+    planned = steps.Planned({}, lambda: plans.choose() and {"benchmark": "training step"})  # type: ignore[call-arg,return-value]
+    monkeypatch.setattr(steps, "planned", lambda machine: [planned])
+    machine = Machine("cpu", 1, tmp_path)
+    assert steps.measured(0, machine, {"triton:/blas": "no"}) == [{"benchmark": "training step"}]
+    with pytest.raises(AssertionError, match="triton:/split: no"):
+        steps.measured(0, machine, {"triton:/split": "no"})
 
 
 def test_sweep_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
