@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalora_kernels.backends import launcher as extension
+from adalora_kernels.backends import triton as backend
 from adalora_kernels.backends.launcher import Launcher
 from adalora_kernels.backends.triton import group, parameters, plans, relaunch, replay, tiles
 from adalora_kernels.reference.svd_linear_group import Member
@@ -38,6 +39,16 @@ def layer(direction: str, name: str, **layout: Any) -> Case:
     """A layer's call: the launcher, its tensors, what else its launches follow from, and its arguments."""
     others = {"needs": ALL, "scaling": 1.5, "dropout_p": 0.1 if layout.get("drop") else 0.0}
     return plans.launcher(direction, name), *call(direction, name, LAYOUT | layout, others)
+
+
+def of_three_dimensions(direction: str, plan: str) -> Case:
+    """The backend's own way in, with x [2, 20, K]."""
+    _, tensors, rest, args = layer(direction, plan)
+    flat = (0,) if direction == "forward" else (0, 1)  # x; g and x
+    tensors = tuple(t.view(2, 20, -1) if i in flat and t is not None else t for i, t in enumerate(tensors))
+    make = backend._forward if direction == "forward" else backend._backward
+    asked_for = plan if direction == "forward" else f"/{plan}"
+    return make, tensors, (asked_for, *rest), (*tensors[:4], *args[4:], asked_for)
 
 
 def fused(name: str, term: bool) -> Case:
@@ -66,6 +77,8 @@ CASES: dict[str, tuple[Callable[[], Case], int, str]] = {
     "base": (lambda: layer("forward", "delta", adapter=torch.float32), 1, ""),
     "one gemm": (lambda: layer("backward", "one_gemm"), 2, ""),
     "split": (lambda: layer("backward", "split", shift=1, drop=True, m=130), 5, ""),
+    "three dimensions": (lambda: of_three_dimensions("forward", "published"), 1, ""),
+    "three dimensions, backward": (lambda: of_three_dimensions("backward", "one_gemm"), 2, ""),
     "importance": (lambda: fused("one_gemm", False), 2, ""),
     "importance, term": (lambda: fused("split", True), 5, ""),
     "group": (stack, 4, "attributes:6=01000000,"),

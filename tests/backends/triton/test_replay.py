@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton")
 from triton import knobs  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
+from adalora_kernels.backends import triton as backend  # noqa: E402
 from adalora_kernels.backends.triton import group, launch, measured, plans, replay, tickets, tiles  # noqa: E402
 from adalora_kernels.backends.triton.places import Descriptor, Places  # noqa: E402
 from adalora_kernels.backends.triton.relaunch import InPython  # noqa: E402
@@ -231,6 +232,23 @@ def test_products_of_the_blas_are_made_anew(stub: StubDriver, direction: str, na
         with launch.noted(launches):
             replayed(launcher, tensors, rest, *args)
     assert list(replay._known.values()) == [None] and launches
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_leading_shapes(stub: StubDriver, contiguous: bool) -> None:
+    """x of three dimensions is replayed, with results of its shape that are no views; also where it must be copied."""
+    layout, others = tensors_of("forward", "published", random.Random(7))
+    layout |= {"dtype": torch.bfloat16, "adapter": torch.bfloat16, "shift": 0, "strided": False, "drop": False}
+    for _ in range(3):
+        x, weight, bias, _, adapter = call("forward", "published", layout | {"m": 40}, others)[2]
+        x = x.view(2, 20, K) if contiguous else x.view(20, 2, K).transpose(0, 1)
+        y, u = backend.svd_linear_forward(x, weight, bias, None, adapter, "published")
+        grad_y = torch.ones(2, 20, N, dtype=y.dtype)
+        dx, dA, _, _ = backend.svd_linear_backward(grad_y, x, u, weight, adapter, (True,) * 4, "/one_gemm")
+        assert y.shape == (2, 20, N) and u.shape == (40, 16) and not y._is_view()
+        assert dx is not None and dA is not None and dx.shape == x.shape and dA.shape == (R, K)
+    assert len(replay._known) == 2 and None not in replay._known.values()
+    assert len(stub.launches) == 3 * 3
 
 
 def test_what_shares_memory_stays_apart(stub: StubDriver) -> None:
