@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -15,8 +17,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import checks, core, engine, graphed, layers, rows, steps, withheld
-from benchmarks.gpu.apart import Here
+from benchmarks.gpu import checks, core, correctness, engine, graphed, layers, rows, steps, withheld
+from benchmarks.gpu.apart import Failed, Here
 from benchmarks.gpu.checks import Check
 from benchmarks.gpu.layers import Case
 from benchmarks.gpu.machine import Machine
@@ -267,13 +269,32 @@ def test_the_sanitizer_blames_the_plans_of_the_kernels_it_names() -> None:
     assert {"triton:one_pass", "triton:/one_gemm"} <= set(blamed("something else"))
 
 
-def test_the_self_test_blames_plans() -> None:
-    from benchmarks.gpu.correctness import failed_in
+def test_what_hung_is_not_tried_again() -> None:
+    """Each time would cost the time of a job."""
+    asked: list[str] = []
 
+    class Hangs:
+        def run(self, function: Any, *args: Any, seconds: float) -> Any:
+            asked.append(args[0])
+            if args[0] == "a":
+                raise Failed("no answer within 90 s")
+            return [Check(args[0], "holds")]
+
+    runners: SimpleQueue[Any] = SimpleQueue()
+    runners.put(Hangs())
+    jobs = [correctness.Job(name, list, (name,), (f"triton:{name}",)) for name in "abab"]
+    with ThreadPoolExecutor(1) as pool:
+        found = [check for _, made in correctness._made(pool, runners, jobs, set()) for check in made]
+    assert asked == ["a", "b", "b"]
+    assert [check.outcome for check in found] == ["FAILED", "holds", "skipped", "holds"]
+    assert withheld.of_checks(check.record() for check in found) == {"triton:a": "a check failed: a"}
+
+
+def test_the_self_test_blames_plans() -> None:
     line = "FAILED   triton on cuda: svd_linear bfloat16, float32 adapters, plan /split: dx error 1, budget 0"
-    assert failed_in(line) == ("triton:/split",)
-    assert failed_in("FAILED   native on cuda: importance: x") == (withheld.ENGINE,)
-    assert failed_in("FAILED   native on cpu: importance: x") == ()
+    assert correctness.failed_in(line) == ("triton:/split",)
+    assert correctness.failed_in("FAILED   native on cuda: importance: x") == (withheld.ENGINE,)
+    assert correctness.failed_in("FAILED   native on cpu: importance: x") == ()
 
 
 def test_a_case_that_fails_leaves_the_others(capsys: pytest.CaptureFixture[str]) -> None:
