@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.bounds import COPY_MUST, ENGINE, ENGINE_MUST, FLOOR_MARGIN, LAYER, misses
 from benchmarks.marked import exchanged
 from benchmarks.report.sources import MAKE_BENCH, Measured, Source, read_folder
-from benchmarks.report.verdicts import HELD, MISSED, OPEN, REPEATABLE, Verdict, by_target, on_gpu
+from benchmarks.report.verdicts import HELD, MISSED, OPEN, REPEATABLE, SANITIZED, Verdict, by_target, on_gpu
 from benchmarks.report.wording import capital, number
 
 ROOT = Path(__file__).parent.parent
@@ -131,8 +131,7 @@ def _of_gpu(sources: Sequence[Source]) -> str:
         f"{states[OPEN]} are not measured yet; the page has each. At 8192 tokens and rank 16, in bf16:"
     )
     rows = [[capital(target.said), *_of_target(found)] for target, found in by_target(sources)]
-    checks = [verdict for verdict in verdicts if verdict.said.startswith(REPEATABLE)]
-    rows += [[REPEATABLE, "", verdict.state] for verdict in checks]
+    rows += [[what, "", v.state] for what in (REPEATABLE, SANITIZED) for v in verdicts if v.said.startswith(what)]
     return f"{said}\n\n{_table(['what must be reached', 'measured', 'bounds'], rows)}"
 
 

@@ -194,6 +194,20 @@ def test_gpu_rows_are_held_missed_or_open(tmp_path: Path) -> None:
     assert found[-1].state == HELD and str(found[-1].origin) == "a-gpu.json, commit ba9876543210, a GPU, make gpu"
 
 
+def test_checks_are_held_missed_or_open(tmp_path: Path) -> None:
+    """Open where all were skipped, as on a machine without the tool."""
+    skipped = {"name": "memcheck", "outcome": "skipped"}
+    content = {"environment": GPU, "records": [{"benchmark": "compute-sanitizer", "case": {"tool": "memcheck"}}]}
+
+    def state(held: int, *checks: dict[str, str]) -> str:
+        of = content | {"checks": list(checks), "checks_held": held}
+        sources, _ = read_folder(folder_of(tmp_path, **{"a-gpu-sanitizer": of}))
+        (verdict,) = [v for v in verdicts.on_gpu(sources) if v.said.startswith(verdicts.SANITIZED)]
+        return verdict.state
+
+    assert state(0, skipped) == OPEN and state(4) == HELD and state(3, skipped | {"outcome": "FAILED"}) == MISSED
+
+
 def test_a_dry_run_proves_nothing(tmp_path: Path) -> None:
     results = folder_of(tmp_path / "results", dry=gpu_content(ABOUT | {"dry": True}))
     sources, _ = read_folder(results)
