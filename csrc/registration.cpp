@@ -50,4 +50,5 @@ STABLE_TORCH_LIBRARY_IMPL(adalora_native, CPU, m) {
   m.impl("lowrank_backward", TORCH_BOX(&adalora::cpu::lowrank_backward));
 }
 
-ADALORA_MODULE(_C, {"read", adalora::python::read, kFastCall, "read(tensors, place, table, layout): csrc/python/read.h"})
+ADALORA_MODULE(_C, {"read", adalora::python::read, kFastCall, "read(tensors, place, table, layout): csrc/python/read.h"},
+               {"words", adalora::python::words, kFastCall, "words(tensors, place, sizes): csrc/python/read.h"})

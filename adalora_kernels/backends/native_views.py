@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _WORDS = 5  # of a view: address, dtype, rows, columns, stride
-_Read = Callable[[Sequence[Tensor | None], Tensor, Tensor, int], int]
 
 
 class Layout(IntEnum):
@@ -27,9 +27,32 @@ class Layout(IntEnum):
 
 
 @cache
-def _reader() -> _Read:
-    read: _Read = import_module("adalora_kernels._C").read
-    return read
+def _extension() -> Any:
+    return import_module("adalora_kernels._C")
+
+
+@cache
+def _words() -> Callable[[Sequence[Tensor | None], Tensor, bytes | None], tuple[list[int], bytes] | int] | None:
+    try:
+        return _extension().words
+    except ImportError:
+        return None
+
+
+def words_of(tensors: Sequence[Tensor | None], place: Tensor, sizes: bytes | None) -> tuple[list[int], bytes] | None:
+    """Contiguous matrices on the device of ``place`` as numbers, and their sizes; see ``csrc/python/read.h``.
+
+    Returns:
+        None where one is none of that or has other ``sizes``, and without the extension.
+    """
+    words = _words()
+    if words is None:
+        return None
+    try:
+        found = words(tensors, place, sizes)
+    except RuntimeError:  # torch's, of a tensor that lies nowhere
+        return None
+    return None if isinstance(found, int) else found
 
 
 def views_of(
@@ -47,7 +70,7 @@ def views_of(
         RuntimeError: one of them is none of that.
     """
     table = torch.empty(len(tensors), _WORDS, dtype=torch.int64)
-    unread = _reader()(tensors, place, table, layout)
+    unread: int = _extension().read(tensors, place, table, layout)
     if unread >= 0:
         raise RuntimeError(f"{name}[{unread}]: expected floating-point numbers on {place.device}, {layout.name}")
     return table
@@ -64,4 +87,4 @@ def views_or_copies(
         return views_of(name, held, place, layout), held
 
 
-__all__ = ["Layout", "views_of", "views_or_copies"]
+__all__ = ["Layout", "views_of", "views_or_copies", "words_of"]

@@ -1,5 +1,6 @@
 #include "python/read.h"
 
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -12,6 +13,12 @@ extern "C" {
 extern PyObject _Py_NoneStruct;
 extern PyObject *PyExc_TypeError, *PyExc_ValueError;
 void Py_DecRef(PyObject* object);
+PyObject* PyBytes_FromStringAndSize(const char* bytes, Py_ssize_t size);
+int PyBytes_AsStringAndSize(PyObject* object, char** bytes, Py_ssize_t* size);
+PyObject* PyList_New(Py_ssize_t size);
+int PyList_SetItem(PyObject* list, Py_ssize_t index, PyObject* item);
+PyObject* PyLong_FromLongLong(long long value);
+PyObject* PyTuple_Pack(Py_ssize_t size, ...);
 PyObject* PyLong_FromSsize_t(Py_ssize_t value);
 Py_ssize_t PyLong_AsSsize_t(PyObject* number);
 PyObject* PyErr_Occurred();
@@ -89,6 +96,25 @@ bool view(const dlpack::Tensor& tensor, Py_ssize_t layout, View& out) {
   return true;
 }
 
+enum class Outcome { kRead, kNone, kRaised };  // kRaised: an exception is set
+
+// The View of the i-th of some tensors.
+Outcome view(PyObject* tensors, Py_ssize_t i, const dlpack::Exchange& exchange, const dlpack::Device& device,
+             Py_ssize_t layout, View& out) {
+  const Owned item(PySequence_GetItem(tensors, i));
+  if (item == nullptr) return Outcome::kRaised;
+  if (item.get() == &_Py_NoneStruct) {
+    out = {nullptr, DType::kFloat32, -1, -1, 0};
+    return Outcome::kRead;
+  }
+  dlpack::Tensor tensor;
+  if (exchange.read(item.get(), &tensor) < 0) return Outcome::kRaised;
+  return tensor.device == device && view(tensor, layout, out) ? Outcome::kRead : Outcome::kNone;
+}
+
+// Of a dtype but fp64, in a word.
+int64_t code_of(DType dtype) { return dtype == DType::kFloat32 ? 1 : dtype == DType::kBFloat16 ? 2 : 3; }
+
 }  // namespace
 
 PyObject* read(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -105,17 +131,42 @@ PyObject* read(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!fits) return PyErr_Format(PyExc_ValueError, "table: expected int64 [%zd, %zd] on the CPU", tensors, kViewWords);
   View* views = reinterpret_cast<View*>(static_cast<char*>(table.data) + table.byte_offset);
   for (Py_ssize_t i = 0; i < tensors; ++i) {
-    const Owned item(PySequence_GetItem(arguments[0], i));
-    if (item == nullptr) return nullptr;
-    if (item.get() == &_Py_NoneStruct) {
-      views[i] = {nullptr, DType::kFloat32, -1, -1, 0};
-      continue;
-    }
-    dlpack::Tensor tensor;
-    if (exchange->read(item.get(), &tensor) < 0) return nullptr;
-    if (!(tensor.device == place.device) || !view(tensor, layout, views[i])) return PyLong_FromSsize_t(i);
+    const Outcome outcome = view(arguments[0], i, *exchange, place.device, layout, views[i]);
+    if (outcome == Outcome::kRaised) return nullptr;
+    if (outcome == Outcome::kNone) return PyLong_FromSsize_t(i);
   }
   return PyLong_FromSsize_t(-1);
+}
+
+PyObject* words(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "words: expected tensors, place and sizes");
+  const dlpack::Exchange* exchange = exchange_of(arguments[1]);
+  dlpack::Tensor place;
+  if (exchange == nullptr || exchange->read(arguments[1], &place) < 0) return nullptr;
+  const Py_ssize_t tensors = PySequence_Size(arguments[0]);
+  if (tensors < 0) return nullptr;
+  const Py_ssize_t bytes = tensors * static_cast<Py_ssize_t>(2 * sizeof(int64_t));
+  Py_ssize_t given = 0;
+  char *expected = nullptr, *sizes = nullptr;
+  if (arguments[2] != &_Py_NoneStruct) {
+    if (PyBytes_AsStringAndSize(arguments[2], &expected, &given) < 0) return nullptr;
+    if (given != bytes) return PyErr_Format(PyExc_ValueError, "sizes: expected %zd bytes, got %zd", bytes, given);
+  }
+  const Owned found(PyBytes_FromStringAndSize(nullptr, bytes)), words(PyList_New(tensors));
+  if (found == nullptr || words == nullptr || PyBytes_AsStringAndSize(found.get(), &sizes, &given) < 0) return nullptr;
+  for (Py_ssize_t i = 0; i < tensors; ++i) {
+    View v;
+    const Outcome outcome = view(arguments[0], i, *exchange, place.device, kContiguousMatrices, v);
+    if (outcome == Outcome::kRaised) return nullptr;
+    const int64_t shape[2] = {v.rows, v.columns};
+    if (outcome == Outcome::kNone || v.dtype == DType::kFloat64) return PyLong_FromSsize_t(i);
+    const char* own = expected == nullptr || !v.there() ? nullptr : expected + i * sizeof shape;
+    if (own != nullptr && std::memcmp(own, shape, sizeof shape) != 0) return PyLong_FromSsize_t(i);
+    std::memcpy(sizes + i * sizeof shape, shape, sizeof shape);
+    PyObject* word = PyLong_FromLongLong(v.there() ? reinterpret_cast<int64_t>(v.data) | code_of(v.dtype) << 60 : 0);
+    if (word == nullptr || PyList_SetItem(words.get(), i, word) < 0) return nullptr;
+  }
+  return PyTuple_Pack(2, words.get(), found.get());
 }
 
 }  // namespace adalora::python

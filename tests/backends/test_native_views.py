@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adalora_kernels.backends.native_views import Layout, views_of, views_or_copies
+from adalora_kernels.backends.native_views import Layout, views_of, views_or_copies, words_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NONE = [0, 0, -1, -1, 0]
@@ -80,6 +80,7 @@ def test_nothing_is_owned() -> None:
     before = sys.getrefcount(tensor), sys.getrefcount(None)
     for _ in range(1000):
         views_of("tensors", [tensor, None], PLACE)
+        words_of([tensor, None], PLACE, None)
     assert sys.getrefcount(tensor) == before[0] and sys.getrefcount(None) - before[1] < 500
 
 
@@ -102,3 +103,13 @@ def test_wrong_calls_raise(arguments: tuple[object, ...]) -> None:
 
     with pytest.raises((TypeError, ValueError, AttributeError, RuntimeError)):
         _C.read(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ([PLACE], PLACE, b"12"), ([PLACE], PLACE, 1), (5, PLACE, None), ([1], 2, None)]
+)
+def test_wrong_calls_for_words_raise(arguments: tuple[object, ...]) -> None:
+    from adalora_kernels import _C
+
+    with pytest.raises((TypeError, ValueError, AttributeError, RuntimeError)):
+        _C.words(*arguments)

@@ -226,7 +226,9 @@ def test_adamw_reads_settings_on_the_device() -> None:
     ours, same = Run(EVEN, (FLOAT32,)), Run(EVEN, (FLOAT32,))
     grads = random_like(ours.shapes, (FLOAT32,), 1)
     device = ours.moments.device
-    words = [tables.words_of("", tensors, ours.shapes, device)[0] for tensors in (ours.params, grads)]
+    words = [
+        tables.words_of("", tensors, tables.sizes_of(ours.shapes), device).words for tensors in (ours.params, grads)
+    ]
     settings = torch.tensor(SETTINGS, dtype=torch.float64, device=device)
     state = sweep.Optimizer(ours.moments, ours.steps, ours.groups, torch.ones(1, device=device).double(), settings)
     assert sweep.sweep(ours.layout, *words, device, ours.importance, state) and same.step(backend, grads)
@@ -382,10 +384,3 @@ def test_training_in_lockstep(fused: bool) -> None:
         for p, q in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
     assert live.sum() == 4
-
-
-def test_words() -> None:
-    tensor = torch.zeros(4, 4, dtype=BFLOAT16, device=DEVICE)
-    words, held = tables.words_of("x", [tensor, None], [(4, 4), (1, 1)], tensor.device)
-    assert words == [tensor.data_ptr() | tables.CODES[BFLOAT16] << tables.ADDRESS_BITS, 0] and held == [tensor]
-    assert tables.are_aligned(words) and not tables.are_aligned([words[0] + 8])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adalora_kernels.backends.triton.engine.importance import check_importance, shapes_of
+from adalora_kernels.backends.triton.engine.importance import check_importance, parameter_sizes
 from adalora_kernels.backends.triton.engine.sweep import Optimizer, sweep
 from adalora_kernels.backends.triton.engine.tables import bits_of, check, describe, words_of
 from adalora_kernels.reference.adamw import Importance
@@ -46,15 +46,14 @@ def adamw_update(
         raise ValueError(f"settings: expected float64 [groups, 5] on cpu or {device}, got {describe(settings)}")
     if importance is not None:
         check_importance(layout, importance, device)
-    shapes = shapes_of(layout)
-    param_words, held_params = words_of("params", params, shapes, device)
-    if any(held is not param for held, param in zip(held_params, params, strict=True)):
+    theta = words_of("params", params, parameter_sizes(layout), device)
+    if any(held is not param for held, param in zip(theta.held, params, strict=True)):
         raise ValueError("params: expected contiguous tensors")
-    grad_words, held_grads = words_of("grads", grads, shapes, device)
+    given = words_of("grads", grads, theta.sizes, device)
     numbers = [bits_of(value) for row in settings.tolist() for value in row] if on_host else settings.contiguous()
     optimizer = Optimizer(moments, steps, groups, grad_scale, numbers)
-    taken = sweep(layout, param_words, grad_words, device, importance, optimizer)
-    del held_grads
+    taken = sweep(layout, theta.words, given.words, device, importance, optimizer)
+    del given
     torch.autograd.graph.increment_version(params)
     return taken
 

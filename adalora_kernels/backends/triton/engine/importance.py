@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adalora_kernels.backends.triton.engine.sweep import sweep
-from adalora_kernels.backends.triton.engine.tables import check, words_of
+from adalora_kernels.backends.triton.engine.tables import check, sizes_of, words_of
 from adalora_kernels.reference.adamw import Importance
 from adalora_kernels.reference.handover import Handover
 from adalora_kernels.reference.importance import TripletLayout
@@ -41,11 +41,10 @@ def importance_update(
     """
     importance = Importance(state, half, scores, beta1, beta2, False)
     check_importance(layout, importance, state.device)
-    shapes = shapes_of(layout)
-    param_words, held_params = words_of("params", params, shapes, state.device)
-    grad_words, held_grads = words_of("grads", grads, shapes, state.device)
-    taken = sweep(layout, param_words, grad_words, state.device, importance, None, handed_over)
-    del held_params, held_grads
+    theta = words_of("params", params, parameter_sizes(layout), state.device)
+    given = words_of("grads", grads, theta.sizes, state.device)
+    taken = sweep(layout, theta.words, given.words, state.device, importance, None, handed_over)
+    del theta, given
     return taken
 
 
@@ -57,9 +56,9 @@ def check_importance(layout: TripletLayout, importance: Importance, device: torc
 
 
 @lru_cache(maxsize=16)
-def shapes_of(layout: TripletLayout) -> list[tuple[int, int]]:
-    """Of the 3n parameters."""
-    return [shape for r, k, n in layout.shapes for shape in ((r, k), (r, 1), (n, r))]
+def parameter_sizes(layout: TripletLayout) -> bytes:
+    """Of the 3n parameters, packed by ``tables.sizes_of``."""
+    return sizes_of(shape for r, k, n in layout.shapes for shape in ((r, k), (r, 1), (n, r)))
 
 
-__all__ = ["check_importance", "importance_update", "shapes_of"]
+__all__ = ["check_importance", "importance_update", "parameter_sizes"]

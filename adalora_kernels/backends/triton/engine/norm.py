@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adalora_kernels.backends.triton.engine.operands import advanced, read
-from adalora_kernels.backends.triton.engine.tables import are_aligned, on_device, words_of
+from adalora_kernels.backends.triton.engine.tables import are_aligned, on_device, shapes_in, words_of
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.tickets import arrives_last, workspace
 
@@ -46,9 +46,10 @@ def _total_norm_kernel(
 
 
 @lru_cache(maxsize=16)
-def _items_of(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+def _items_of(sizes: bytes, device: torch.device) -> Tensor:
     """The table of items, int64 [items, 3]; at least one, so that nothing has a norm too."""
-    rows = [(t, at, min(size - at, _ITEM)) for t, size in enumerate(sizes) for at in range(0, size, _ITEM)]
+    counts = [rows * columns for rows, columns in shapes_in(sizes)]
+    rows = [(t, at, min(count - at, _ITEM)) for t, count in enumerate(counts) for at in range(0, count, _ITEM)]
     return torch.tensor(rows or [(0, 0, 0)], dtype=torch.int64).to(device)
 
 
@@ -64,26 +65,25 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         raise ValueError("tensors: expected at least one, got none")
     device = tensors[0].device
-    words, held = words_of("tensors", tensors, [t.shape for t in tensors], device)
-    sizes = tuple(t.numel() for t in tensors)
-    items = _items_of(sizes, device)
+    found = words_of("tensors", tensors, None, device)
+    items = _items_of(found.sizes, device)
     norm = torch.empty(1, dtype=torch.float64, device=device)
     launch(
         _total_norm_kernel,
         (len(items),),
         items,
-        on_device(("norm", sizes), words, device),
+        on_device(("norm", found.sizes), found.words, device),
         torch.empty(len(items), dtype=torch.float32, device=device),
         norm,
         workspace(device, 0),
         len(items),
-        ALIGNED=are_aligned(words),
+        ALIGNED=are_aligned(found.words),
         BLOCK=2048,
         num_warps=4,
         num_stages=1,
         enable_fp_fusion=False,
     )
-    del held
+    del found
     return norm
 
 

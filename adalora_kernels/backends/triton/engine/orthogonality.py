@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adalora_kernels.backends.triton.engine.operands import advanced, read, write
 from adalora_kernels.backends.triton.engine.pieces import BLOCK, ITEM_ROW, MATRIX_ROW, PIECE, Pieces, pieces_of
-from adalora_kernels.backends.triton.engine.tables import are_aligned, check, describe, on_device, words_of
+from adalora_kernels.backends.triton.engine.tables import Words, are_aligned, check, describe, on_device, words_of
 from adalora_kernels.backends.triton.launch import launch
 from adalora_kernels.backends.triton.products import product
 from adalora_kernels.backends.triton.tickets import arrives_last, workspace
@@ -251,7 +251,7 @@ def orthogonality(
         ValueError: no matrices, matrices that are not 2-d or on several devices, or ranks beyond 128.
         TypeError: where a dtype is none that the kernel reads.
     """
-    words, held, pieces, device = _read_matrices(lora_A, lora_B)
+    matrices, pieces, device = _read_matrices(lora_A, lora_B)
     value = torch.empty((), dtype=torch.float32, device=device)
     slopes, shares, values = (
         torch.empty(count, dtype=torch.float32, device=device)
@@ -262,7 +262,7 @@ def orthogonality(
         (pieces.block_count,),
         pieces.matrices,
         pieces.blocks,
-        on_device(("orthogonality", pieces.matrices.data_ptr()), words, device),
+        on_device(("orthogonality", pieces.matrices.data_ptr()), matrices.words, device),
         slopes,
         shares,
         values,
@@ -271,10 +271,10 @@ def orthogonality(
         pieces.matrix_count,
         float(weight if squared else weight / pieces.matrix_count),
         SQUARED=squared,
-        **_options(pieces, words, False),
+        **_options(pieces, matrices.words, False),
         BLOCK=min(pieces.padded_rank, BLOCK),
     )
-    del held
+    del matrices
     return value, slopes
 
 
@@ -292,14 +292,14 @@ def orthogonality_gradients(
         ValueError: a gradient is not contiguous, or of another shape or device than its matrix.
         TypeError: where a dtype is none that the kernel reads.
     """
-    words, held, pieces, device = _read_matrices(lora_A, lora_B)
+    matrices, pieces, device = _read_matrices(lora_A, lora_B)
     check("slopes", slopes, torch.float32, pieces.slope_count, device)
     if scale.numel() != 1 or scale.device != device:
         raise ValueError(f"scale: expected one element on {device}, got {describe(scale)}")
-    grad_words, held_grads = words_of("grads", grads, [m.shape for m in (*lora_A, *lora_B)], device)
-    if any(held_grad is not grad for held_grad, grad in zip(held_grads, grads, strict=True)):
+    targets = words_of("grads", grads, matrices.sizes, device)
+    if any(held is not grad for held, grad in zip(targets.held, grads, strict=True)):
         raise ValueError("grads: expected contiguous tensors")
-    words += grad_words
+    words = matrices.words + targets.words
     launch(
         _orthogonality_gradients_kernel,
         (pieces.piece_count,),
@@ -313,13 +313,11 @@ def orthogonality_gradients(
         P=pieces.padded_rank,
         **_options(pieces, words, True),
     )
-    del held
+    del matrices
 
 
-def _read_matrices(
-    lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]
-) -> tuple[list[int], list[Tensor], Pieces, torch.device]:
-    """Their words, what these hold, and how the matrices are cut."""
+def _read_matrices(lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> tuple[Words, Pieces, torch.device]:
+    """Their words, and how they are cut."""
     matrices = [*lora_A, *lora_B]
     if not matrices:
         raise ValueError("lora_A, lora_B: expected at least one matrix, got none")
@@ -327,9 +325,8 @@ def _read_matrices(
     if flat:
         raise ValueError(f"lora_A, lora_B: expected 2-d matrices, got {describe(flat[0])}")
     device = matrices[0].device
-    shapes = tuple((m.shape[0], m.shape[1]) for m in matrices)
-    words, held = words_of("lora_A, lora_B", matrices, shapes, device)
-    return words, held, pieces_of(shapes, len(lora_A), device), device
+    found = words_of("lora_A, lora_B", matrices, None, device)
+    return found, pieces_of(found.sizes, len(lora_A), device), device
 
 
 def _options(pieces: Pieces, words: list[int], backward: bool) -> dict[str, Any]:

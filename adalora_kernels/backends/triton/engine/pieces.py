@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from adalora_kernels.backends.triton.engine.tables import shapes_in
 from adalora_kernels.backends.triton.tiles import MAX_RANK
 
 MATRIX_ROW = 7  # R, length, whether it is a B, its slopes, its shares, its pieces, their blocks in all
@@ -41,8 +42,9 @@ class Pieces(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def pieces_of(shapes: tuple[tuple[int, int], ...], a_count: int, device: torch.device) -> Pieces:
-    """The first ``a_count`` shapes are of A [R, K], the others of B [N, R]."""
+def pieces_of(sizes: bytes, a_count: int, device: torch.device) -> Pieces:
+    """The first ``a_count`` of the sizes (``tables.sizes_of``) are of A [R, K], the others of B [N, R]."""
+    shapes = shapes_in(sizes)
     matrices: list[int] = []
     pieces: list[int] = []
     blocks: list[int] = []

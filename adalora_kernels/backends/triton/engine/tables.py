@@ -12,15 +12,19 @@ import ctypes
 import struct
 import sys
 from array import array
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from adalora_kernels.backends import native_views
+
 ADDRESS_BITS = 60
 CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _FLAGS = {dtype: code << ADDRESS_BITS for dtype, code in CODES.items()}
+_SIZES = 16  # bytes of rows and columns of a matrix
 _KEPT_TABLES = 64
 
 
@@ -36,25 +40,68 @@ _spares: dict[tuple[torch.device, int], Tensor] = {}  # pinned, by size: a captu
 _captured: list[Tensor] = []
 
 
-def words_of(
-    name: str, tensors: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]], device: torch.device
-) -> tuple[list[int], list[Tensor]]:
-    """The words of contiguous tensors of these shapes, and those tensors that are there.
+class Words(NamedTuple):
+    """What a launch reads about many tensors.
 
-    They are the ones given, or copies where those are not contiguous: to be held until the launch that reads them.
+    Attributes:
+        words: a number each; 0 for None.
+        held: those that are there, or copies of them where they are not contiguous: to be kept until the launch.
+        sizes: their rows and columns as ``sizes_of`` packs them; -1 for None, a tensor of other than two dimensions as
+            one row.
+    """
+
+    words: list[int]
+    held: list[Tensor]
+    sizes: bytes
+
+
+def sizes_of(shapes: Iterable[tuple[int, int]]) -> bytes:
+    """Rows and columns of many matrices, to be compared and hashed at once."""
+    return array("q", chain.from_iterable(shapes)).tobytes()
+
+
+def shapes_in(sizes: bytes) -> list[tuple[int, int]]:
+    """The rows and columns that ``sizes_of`` has packed."""
+    numbers = array("q", sizes)
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def words_of(name: str, tensors: Sequence[Tensor | None], sizes: bytes | None, device: torch.device) -> Words:
+    """The words of tensors on a device.
+
+    Args:
+        name: of the argument, for errors.
+        tensors: None where there is none.
+        sizes: what those that are there must have; None for any.
+        device: theirs.
 
     Raises:
         ValueError: their number, a shape or a device is another.
         TypeError: a dtype is none of ``CODES``.
     """
-    if len(tensors) != len(shapes):
+    there = [t for t in tensors if t is not None]
+    if there and there[0].device == device and (sizes is None or len(sizes) == _SIZES * len(tensors)):
+        found = native_views.words_of(tensors, there[0], sizes)
+        if found is not None:
+            return Words(found[0], there, found[1])
+    return _words_of(name, tensors, None if sizes is None else shapes_in(sizes), device)
+
+
+def _words_of(
+    name: str, tensors: Sequence[Tensor | None], shapes: Sequence[tuple[int, int]] | None, device: torch.device
+) -> Words:
+    """The same one by one: what isn't contiguous is copied, what can't be read is named."""
+    if shapes is not None and len(tensors) != len(shapes):
         raise ValueError(f"{name}: expected {len(shapes)} tensors, got {len(tensors)}")
     words: list[int] = []
     held: list[Tensor] = []
-    for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+    found: list[tuple[int, int]] = []
+    for i, tensor in enumerate(tensors):
         if tensor is None:
             words.append(0)
+            found.append((-1, -1))
             continue
+        shape = tensor.shape if shapes is None else shapes[i]
         if tensor.shape != shape or tensor.device != device:
             raise ValueError(f"{name}[{i}]: expected shape {list(shape)} on {device}, got {describe(tensor)}")
         if tensor.dtype not in _FLAGS:
@@ -63,7 +110,8 @@ def words_of(
             tensor = tensor.detach().contiguous()
         words.append(tensor.data_ptr() | _FLAGS[tensor.dtype])
         held.append(tensor)
-    return words, held
+        found.append((tensor.shape[0], tensor.shape[1]) if tensor.dim() == 2 else (1, tensor.numel()))
+    return Words(words, held, sizes_of(found))
 
 
 def are_aligned(words: Sequence[int]) -> bool:
@@ -149,4 +197,16 @@ def describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
 
-__all__ = ["ADDRESS_BITS", "CODES", "are_aligned", "bits_of", "check", "describe", "on_device", "words_of"]
+__all__ = [
+    "ADDRESS_BITS",
+    "CODES",
+    "Words",
+    "are_aligned",
+    "bits_of",
+    "check",
+    "describe",
+    "on_device",
+    "shapes_in",
+    "sizes_of",
+    "words_of",
+]
