@@ -29,7 +29,7 @@ ONLY_IN = {
     "peft": ("integrations/", "cli/"),
     "transformers": ("integrations/", "cli/"),
     "adalora_kernels._C": ("backends/native.py",),
-    "adalora_kernels._C_cuda": ("backends/native.py",),
+    "adalora_kernels._C_cuda": ("backends/native.py", "backends/launcher.py"),
 }
 
 

@@ -16,9 +16,9 @@ class Launcher(NamedTuple):
 
     Attributes:
         make_replay: (device, count, launches, kernels) -> a replay: launches in which ``count`` addresses vary; it
-            holds ``kernels``. Each launch is (name, function, (x, y, z), threads, shared bytes, whether it may begin
-            under the one before it, parameters' bytes, their offsets, places), each place (offset, number of the
-            address, bytes past it, whether it is a tensor map's).
+            holds ``kernels``. ValueError where they are more than it can hold. Each launch is (name, function,
+            (x, y, z), threads, shared bytes, whether it may begin under the one before it, parameters' bytes, their
+            offsets, places), each place (offset, number of the address, bytes past it, whether it is a tensor map's).
         replay: (replay, stream, *tensors) -> None; makes the launches at the tensors' addresses, 0 for None.
             RuntimeError where the driver refuses one.
         layout: (*tensors) -> their dtypes, devices, shapes, strides and addresses modulo 16, as bytes, within 0.3 µs;
@@ -40,7 +40,12 @@ def launcher() -> Launcher | str:
     reason = native.unavailable_reason("cuda")
     if reason is not None:
         return reason
-    return of(import_module("adalora_kernels._C_cuda"))
+    found = of(import_module("adalora_kernels._C_cuda"))
+    try:
+        found.make_replay(0, 0, (), None)
+    except RuntimeError as error:  # of the driver
+        return str(error)
+    return found
 
 
 def of(module: Any) -> Launcher:

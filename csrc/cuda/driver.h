@@ -1,5 +1,5 @@
-// The functions of the CUDA driver that a launch takes. They are looked up when first needed, not linked: the module also
-// loads where there is no driver.
+// The functions of the CUDA driver that a launch takes. They are looked up when first needed, not linked: the module
+// loads where there is no driver, too.
 #pragma once
 
 #include <cuda.h>

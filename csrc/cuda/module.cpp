@@ -57,9 +57,7 @@ PyObject* item(PyObject* tuple, Py_ssize_t place) {
 
 Py_ssize_t size(PyObject* tuple) {
   const Py_ssize_t found = PyTuple_Size(tuple);
-  if (found < 0) {  // SystemError is what it raises where there is no tuple
-    raise(PyExc_TypeError, "expected a tuple");
-  }
+  if (found < 0) raise(PyExc_TypeError, "expected a tuple");
   return found;
 }
 
@@ -77,7 +75,7 @@ uint64_t address(PyObject* object) {
   return value;
 }
 
-// What torch says of a tensor; that of the first one holds for all. Raises where the object is none, or lies nowhere.
+// What torch says of a tensor. Raises where the object is none, or lies nowhere.
 dlpack::Tensor tensor_of(PyObject* object) {
   static const dlpack::Exchange* exchange = nullptr;
   if (exchange == nullptr) {
@@ -188,9 +186,7 @@ void release(PyObject* capsule) {
 
 const Replay& replay_of(PyObject* capsule) {
   const auto* held = static_cast<Held*>(PyCapsule_GetPointer(capsule, kName));
-  if (held == nullptr) {
-    raise(PyExc_TypeError, "replay: expected what make_replay made");
-  }
+  if (held == nullptr) raise(PyExc_TypeError, "replay: expected what make_replay made");
   return held->replay;
 }
 
@@ -221,12 +217,8 @@ PyObject* make_replay(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     held->replay.addresses = integer<uint32_t>(arguments[1]);
     for (Py_ssize_t i = 0; i < size(arguments[2]); ++i) {
       held->replay.launches.push_back(launch_of(item(arguments[2], i)));
-      const Launch& launch = held->replay.launches.back();
-      if (!consistent(launch, held->replay.addresses)) {
-        PyErr_Format(PyExc_ValueError, "%s: parameters out of bounds", launch.kernel.c_str());
-        throw Raised{};
-      }
     }
+    if (!within_bounds(held->replay)) raise(PyExc_ValueError, "make_replay: more than it holds, or out of bounds");
     held->kernels = arguments[3];
     PyObject* capsule = PyCapsule_New(held.get(), kName, release);
     if (capsule != nullptr) Py_IncRef(held.release()->kernels);
@@ -287,6 +279,6 @@ ADALORA_MODULE(_C_cuda,
                {"replay", adalora::cuda::replay, kFastCall,
                 "replay(replay, stream, *tensors): makes the launches, in turn, with the tensors' addresses."},
                {"layout", adalora::cuda::layout, kFastCall,
-                "layout(*tensors): dtypes, devices, shapes, strides and alignments as bytes; None where there is none."},
+                "layout(*tensors): dtypes, devices, shapes, strides, alignments as bytes; None where one has none."},
                {"relocated", adalora::cuda::relocated, kFastCall,
                 "relocated(map, address): the tensor map of the same layout at another address."})

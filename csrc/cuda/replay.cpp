@@ -50,6 +50,18 @@ CUresult make(const Driver& driver, const Launch& launch, CUstream stream, const
   return driver.launch(&config, launch.function, pointers, nullptr);
 }
 
+bool within_bounds(const Launch& launch, size_t addresses) {
+  const size_t bytes = launch.parameters.size();
+  const auto within = [bytes](uint32_t offset, size_t size) { return offset <= bytes && size <= bytes - offset; };
+  return bytes <= kMostBytes && launch.offsets.size() <= kMostParameters &&
+         std::all_of(launch.offsets.begin(), launch.offsets.end(), [&](uint32_t o) { return within(o, 1); }) &&
+         std::all_of(launch.places.begin(), launch.places.end(), [&](const Place& place) {
+           const size_t size = place.in_map ? sizeof(CUtensorMap) : sizeof(uint64_t);
+           const size_t alignment = place.in_map ? alignof(CUtensorMap) : 1;
+           return within(place.offset, size) && place.offset % alignment == 0 && place.address < addresses;
+         });
+}
+
 }  // namespace
 
 Outcome run(const Driver& driver, const Replay& replay, CUstream stream, const uint64_t* addresses) {
@@ -60,16 +72,10 @@ Outcome run(const Driver& driver, const Replay& replay, CUstream stream, const u
   return {CUDA_SUCCESS, nullptr};
 }
 
-bool consistent(const Launch& launch, size_t addresses) {
-  const size_t bytes = launch.parameters.size();
-  const auto within = [bytes](uint32_t offset, size_t size) { return offset <= bytes && size <= bytes - offset; };
-  return bytes <= kMostBytes && launch.offsets.size() <= kMostParameters && addresses <= kMostAddresses &&
-         std::all_of(launch.offsets.begin(), launch.offsets.end(), [&](uint32_t o) { return within(o, 1); }) &&
-         std::all_of(launch.places.begin(), launch.places.end(), [&](const Place& place) {
-           const size_t size = place.in_map ? sizeof(CUtensorMap) : sizeof(uint64_t);
-           const size_t alignment = place.in_map ? alignof(CUtensorMap) : 1;
-           return within(place.offset, size) && place.offset % alignment == 0 && place.address < addresses;
-         });
+bool within_bounds(const Replay& replay) {
+  return replay.addresses <= kMostAddresses &&
+         std::all_of(replay.launches.begin(), replay.launches.end(),
+                     [&](const Launch& launch) { return within_bounds(launch, replay.addresses); });
 }
 
 }  // namespace adalora::cuda

@@ -49,7 +49,7 @@ struct Outcome {
 // Makes the launches in turn; nothing is written but what the driver has, so that threads may run one replay at a time.
 Outcome run(const Driver& driver, const Replay& replay, CUstream stream, const uint64_t* addresses);
 
-// Whether it keeps to the limits, and all places lie within the parameters, aligned, and name an address.
-bool consistent(const Launch& launch, size_t addresses);
+// Whether it keeps to the limits above, and all places lie within the parameters, aligned, and name an address.
+bool within_bounds(const Replay& replay);
 
 }  // namespace adalora::cuda

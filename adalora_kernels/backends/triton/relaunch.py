@@ -55,11 +55,11 @@ def relauncher(device: int, launches: Sequence[Known], tensors: Sequence[Tensor 
             for kept, grid, terms in launches
             if 0 not in grid  # of these nothing is launched
         )
-    except parameters.UnknownFormError as reason:
+        made = found.make_replay(device, len(addresses), described, tuple(kept.kernel for kept, _, _ in launches))
+    except (parameters.UnknownFormError, ValueError) as reason:
         _log_once(str(reason))
         return InPython(launches)
-    kernels = tuple(kept.kernel for kept, _, _ in launches)
-    return partial(found.replay, found.make_replay(device, len(addresses), described, kernels))
+    return partial(found.replay, made)
 
 
 @cache

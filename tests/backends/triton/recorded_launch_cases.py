@@ -25,6 +25,7 @@ from adalora_kernels.backends.launcher import Launcher
 from adalora_kernels.backends.triton import group, parameters, plans, relaunch, replay, tiles
 from adalora_kernels.reference.svd_linear_group import Member
 from tests.backends.triton.recording import FOLDER, Recorder, labelled, loaded, recording_driver, with_fault
+from tests.backends.triton.test_launch import python_calls
 from tests.backends.triton.test_replay import call, importance_of
 
 LAYOUT: dict[str, Any] = {
@@ -219,6 +220,27 @@ def test_kernels_that_need_more_are_left_to_triton(need: str, recorder: Recorder
         parameters._check_launcher(run)
 
 
+def test_what_the_extension_cannot_hold_is_left_to_triton(
+    launcher: Launcher, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise ValueError("more than it holds")
+
+    use(monkeypatch, launcher._replace(make_replay=refuse))
+    theirs, ours = compared(recorder, CASES[LARGEST][0]())
+    assert theirs == ours
+    assert all(known is not None and isinstance(known.launch, relaunch.InPython) for known in replay._known.values())
+
+
+def test_a_replay_takes_few_calls(recorder: Recorder, record_property: Callable[[str, object], None]) -> None:
+    """Of one gemm: five allocations, the workspace, the layout, and one for its launches."""
+    make, tensors, others, args = CASES[LARGEST][0]()
+    replay.replayed(make, tensors, others, *args)
+    calls = python_calls(lambda: replay.replayed(make, tensors, others, *args))
+    record_property("measured", f"a replayed backward, in calls of Python: {calls}")
+    assert calls <= 36
+
+
 def test_an_error_names_the_kernel(recorder: Recorder) -> None:
     make, tensors, others, args = CASES[LARGEST][0]()
     replay.replayed(make, tensors, others, *args)
@@ -266,8 +288,11 @@ def test_arguments_of_other_types_raise(launcher: Launcher, recorder: Recorder) 
             with pytest.raises((TypeError, ValueError, OverflowError, SystemError, IndexError)):
                 launcher.make_replay(0, 1, ((*good[:place], bad, *good[place + 1 :]),), None)
     for places in (((0, 1, 0, False),), ((12, 0, 0, False),), ((0, 0, 0, True),)):
-        with pytest.raises(ValueError, match="kernel: parameters out of bounds"):
+        with pytest.raises(ValueError, match="out of bounds"):
             launcher.make_replay(0, 1, ((*good[:8], places),), None)
+    for launches, addresses in (((), 257), (((*good[:6], bytes(4097), *good[7:]),), 1)):
+        with pytest.raises(ValueError, match="more than it holds"):
+            launcher.make_replay(0, addresses, launches, None)
     with pytest.raises(ValueError, match="expected the bytes of a tensor map"):
         launcher.relocated(b"", 0)
 
