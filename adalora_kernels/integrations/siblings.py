@@ -61,6 +61,14 @@ def _state(x: Tensor) -> tuple[Any, ...]:
     return x._version, torch.is_grad_enabled(), compute_dtype_of(x)
 
 
+_Asked = tuple[_Turn, tuple[str, ...], int, torch.dtype, bool, bool]
+
+
+def _asked(turn: _Turn, followers: tuple[str, ...], x: Tensor) -> _Asked:
+    """What decides whether a group pays: who is in it, the order of magnitude of x, whether gradients are needed."""
+    return turn, followers, x.numel().bit_length(), x.dtype, x.requires_grad, torch.is_grad_enabled()
+
+
 class _Frame:
     """One forward of the parent under way: the parent, which may be a replica, and the followers of each turn."""
 
@@ -111,7 +119,7 @@ class Siblings:
         self._settled: dict[_Turn, tuple[str, ...]] = {}
         self._settled_at: object = None
         self._applied: dict[_Turn, tuple[str, ...]] = {}
-        self._paid: dict[tuple[Any, ...], bool] = {}
+        self._paid: dict[_Asked, bool] = {}
         for name in names:
             parent._modules[name].__dict__["_siblings"] = self
         if not automatic:
@@ -161,7 +169,7 @@ class Siblings:
         """Layers whose calls have shown that they read the same x: those computed together, and those not worth it."""
         together, apart = list[tuple[str, ...]](), list[tuple[str, ...]]()
         for turn, followers in self._learned.items():
-            paid = [paid for key, paid in self._paid.items() if key[0] == turn]
+            paid = [paid for asked, paid in self._paid.items() if asked[0] == turn]
             if name in (turn.name, *followers):
                 (together if any(paid) or not paid else apart).append((turn.name, *followers))
         return together, apart
@@ -200,8 +208,10 @@ class Siblings:
 
     def _lead(self, frame: _Frame, reading: _Reading, x: Tensor, layer: FusedSVDLinear) -> Tensor | None:
         followers = frame.followers.get(reading.turn)
-        call = layer.group_call(x) if followers else None
-        if followers is None or call is None:
+        if not followers or (self._automatic and self._paid.get(_asked(reading.turn, followers, x)) is False):
+            return None
+        call = layer.group_call(x)
+        if call is None:
             return None
         names, calls = [], [call]
         for name in followers:
@@ -213,7 +223,7 @@ class Siblings:
                 names.append(name)
                 calls.append(other)
         layers = [other.layer for other in calls]
-        if not names or (self._automatic and not self._pays(reading.turn, x, layers, call)):
+        if not names or (self._automatic and not self._pays(_asked(reading.turn, tuple(names), x), x, layers, call)):
             return None
         first, *others = svd_linear_group(x, layers, dropout_p=call.dropout_p, backend=call.backend)
         reading.waiting.update(zip(names, zip(calls[1:], others, strict=True), strict=True))
@@ -226,12 +236,11 @@ class Siblings:
         self._note(reading.turn, name, True)
         return output if asked is not None and layer.still_makes(asked) else None
 
-    def _pays(self, turn: _Turn, x: Tensor, layers: list[GroupedLayer], call: GroupCall) -> bool:
-        """As ``shares_passes``, asked once for each turn and order of magnitude of tokens."""
-        key = (turn, len(layers), x.numel().bit_length(), x.dtype, x.requires_grad, torch.is_grad_enabled())
-        if key not in self._paid:
-            self._paid[key] = shares_passes(x, layers, dropout_p=call.dropout_p, backend=call.backend)
-        return self._paid[key]
+    def _pays(self, asked: _Asked, x: Tensor, layers: list[GroupedLayer], call: GroupCall) -> bool:
+        """As ``shares_passes``, asked once."""
+        if asked not in self._paid:
+            self._paid[asked] = shares_passes(x, layers, dropout_p=call.dropout_p, backend=call.backend)
+        return self._paid[asked]
 
     def _note(self, turn: _Turn, name: str, read: bool) -> None:
         """Who was computed in vain must read the same x twice before it is computed ahead again."""

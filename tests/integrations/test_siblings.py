@@ -337,6 +337,11 @@ def test_automatic_where_the_layers_run_on_triton(groups: list[int], monkeypatch
     monkeypatch.setattr(siblings, "_runs_on_triton", lambda layer, x: True)
     steps(model, 4)
     assert not groups
+    calls: list[FusedSVDLinear] = []
+    with monkeypatch.context() as known:
+        known.setattr(FusedSVDLinear, "group_call", lambda layer, x: calls.append(layer))
+        steps(model, 1)
+    assert not calls  # what doesn't pay isn't prepared again
     monkeypatch.setattr(siblings, "shares_passes", lambda x, layers, **options: True)
     linked(model)[0]._paid.clear(), linked(model)[1]._paid.clear()
     steps(model, 2)
