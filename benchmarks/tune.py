@@ -84,7 +84,7 @@ def tiles(machine: Machine, share: tuple[int, int], deadline: float, runners: Se
         file for folder in dict.fromkeys(p.parent for p in machine.earlier()) for file in evidence(folder, machine)
     ]
     held = Sweep(machine.record(kind), environment, others, aside=("commit", "source", "kernels"))
-    withheld = of_record(machine.earlier(), environment["source"]) or {}
+    withheld = {} if machine.dry else of_record(machine.earlier(), environment["source"]) or {}
     left, failed = [], 0
     for case in list(kernels(machine))[part - 1 :: parts]:
         subject = f"triton:{'/' * (case['direction'] == 'backward')}{case['plan']}"

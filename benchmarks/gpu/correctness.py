@@ -98,7 +98,7 @@ def _forward(machine: Machine) -> Iterator[Job]:
 
 def _backward(machine: Machine, held: list[tuple[Any, ...]]) -> Iterator[Job]:
     for shape, plan in product(shapes(machine), plans.BACKWARD):
-        before = [name for where, name in held if where == shape]
+        before = [name for where, name in held if where == shape][: 2 if machine.dry else None]
         name = f"{plan} after {', '.join(before)}: {shape}"
         yield Job(name, backward_parity, (shape, plan, before, machine), (f"triton:/{plan}",))
 

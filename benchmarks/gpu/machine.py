@@ -63,11 +63,12 @@ class Machine:
 
     def environment(self) -> dict[str, Any]:
         """What figures depend on."""
-        found: dict[str, Any] = {"device": self.name, "dry": self.dry, "commit": commit(), "source": source()}
+        found: dict[str, Any] = {"device": self.name, "dry": self.dry, "commit": commit()}
         if not self.dry:
             properties = torch.cuda.get_device_properties(self.device)
             found |= {
                 "device": properties.name,
+                "source": source(),
                 "capability": f"{properties.major}.{properties.minor}",
                 "multiprocessors": properties.multi_processor_count,
                 "cuda": torch.version.cuda,
