@@ -90,7 +90,7 @@ class DeviceClock:
         plans = [schedule.plan(step, settled) for settled in (False, True) for step in steps]
         was_settled = [False] * len(steps) + [True] * len(steps)
         flags = [
-            [p.update, p.rank, p.settle or (settled and not p.update), p.reset, p.reapply]
+            [p.update, p.rank, p.settle or (settled and p.reapply), p.reset, p.reapply]
             for p, settled in zip(plans, was_settled, strict=True)
         ]
         self._budgets = torch.tensor([p.budget for p in plans[: len(steps)]], dtype=torch.int32, device=device)

@@ -296,7 +296,7 @@ class BudgetEngine:
                 self._agreement.check(self, turn.step)
         elif plan.rank or plan.reapply:
             state.zero_pruned(turn.lora_E, self.backend)
-        state.settled = plan.settle or (state.settled and not plan.update)  # not so where the schedule was prolonged
+        state.settled = plan.settle or (state.settled and plan.reapply)  # not so where the schedule was prolonged
         if plan.reset:
             state.reset()
         if self.tb_writter is not None and turn.step % self.log_interval == 0:

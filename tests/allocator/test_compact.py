@@ -214,3 +214,20 @@ def test_not_before_the_end_of_a_schedule_that_was_prolonged(variant: str, captu
         allocator.compact()
     train(model, optimizer, range(END + 10, END + 23))
     assert sum(allocator.compact().values()) == 3
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_not_after_a_step_that_has_masked_nothing(capturable: bool) -> None:
+    """Prolonged by one step, the schedule has T - t_f where it doesn't rank, and E is free to leave 0 there."""
+    model = network()
+    settings = SETTINGS | {"target_rank": 2, "final_warmup": 20, "total_step": END + 20}
+    allocator = RankAllocator(model, **settings, capturable=capturable)
+    optimizer = adam(model)
+    allocator.attach(optimizer)
+    train(model, optimizer, range(END + 1))
+    allocator.set_total_step(END + 21)
+    train(model, optimizer, range(END + 1, END + 2))
+    with pytest.raises(ValueError, match=f"expected the final phase, that is, a ranking at or after step {END + 1}"):
+        allocator.compact()
+    train(model, optimizer, range(END + 2, END + 3))
+    assert sum(allocator.compact().values()) == 8
