@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -129,14 +128,14 @@ class Machine:
         return max(1, min(_MOST_RUNS // len(runs), math.ceil(_LONG_ENOUGH / seconds)))
 
     def state(self) -> dict[str, Any]:
-        """Clock, power and temperature of the device as it is now, as far as it tells."""
-        if self.dry or find_spec("pynvml") is None:
-            return {}
-        return {
-            "megahertz": torch.cuda.clock_rate(),
-            "watts": torch.cuda.power_draw() / 1e3,
-            "celsius": torch.cuda.temperature(),
-        }
+        """Clock, power and temperature of the device as it is now, or why it does not tell."""
+        found: dict[str, Any] = {}
+        for name, read in _STATE.items() if not self.dry else ():
+            try:
+                found[name] = read()
+            except Exception as error:  # NVML's, or that there is none: the times stand without
+                found[name] = f"{type(error).__name__}: {error}"
+        return found
 
     def wait(self) -> None:
         """Until the device is idle."""
@@ -151,6 +150,9 @@ class Machine:
 
 _BUSY_CLOCKS = 400_000  # 0.2 ms, in which a graph is queued
 _LONG_ENOUGH, _MOST_RUNS = 1e-3, 128  # seconds, and runs, of a graph
+_STATE: dict[str, Callable[[], int]] = {
+    "megahertz": torch.cuda.clock_rate, "milliwatts": torch.cuda.power_draw, "celsius": torch.cuda.temperature
+}  # fmt: skip
 _PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 
 
