@@ -116,8 +116,9 @@ def sanitizer(machine: Machine, deadline: float) -> int:
     from benchmarks.gpu.sanitizer import TOOLS, check
 
     content: dict[str, Any] = {"environment": machine.environment(), "records": [], "checks": []}
-    for tool in TOOLS:
-        (found,) = announced(check(tool, max(1.0, deadline - time.monotonic()), machine))
+    for number, tool in enumerate(TOOLS):
+        share = (deadline - time.monotonic()) / (len(TOOLS) - number)  # of the time that is left
+        (found,) = announced(check(tool, max(1.0, share), machine))
         outcome = {"benchmark": "compute-sanitizer", "case": {"tool": tool}, "outcome": found.outcome}
         content["records"].append(outcome)
         content["checks"] += [found.record()] if found.outcome != "holds" else []

@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu import __main__ as harness_main
 from benchmarks.gpu import checks, core, correctness, engine, graphed, layers, rows, steps, withheld
 from benchmarks.gpu.apart import Failed, Here
 from benchmarks.gpu.checks import Check
@@ -288,6 +289,22 @@ def test_what_hung_is_not_tried_again() -> None:
     assert asked == ["a", "b", "b"]
     assert [check.outcome for check in found] == ["FAILED", "holds", "skipped", "holds"]
     assert withheld.of_checks(check.record() for check in found) == {"triton:a": "a check failed: a"}
+
+
+def test_the_sanitizers_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tool has its share of the time, and a record; without the tool nothing is proved."""
+    given: list[float] = []
+
+    def check(tool: str, seconds: float, machine: Machine) -> list[Check]:
+        given.append(round(seconds))
+        return [Check(tool, "skipped" if tool == "racecheck" else "holds")]
+
+    monkeypatch.setattr("benchmarks.gpu.sanitizer.check", check)
+    machine = Machine("cpu", 1, tmp_path)
+    assert harness_main.sanitizer(machine, time.monotonic() + 400) == 0 and given == [100, 133, 200, 400]
+    content = json.loads((tmp_path / "dry-sanitizer.json").read_text())
+    assert list(complaints(content)) == [] and content["checks_held"] == 3
+    assert [record["outcome"] for record in content["records"]] == ["holds"] * 3 + ["skipped"]
 
 
 def test_the_self_test_blames_plans() -> None:
