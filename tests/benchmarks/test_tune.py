@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -111,6 +113,49 @@ def test_the_search_goes_on_from_what_is_faster(monkeypatch: pytest.MonkeyPatch,
     (climb,) = tiling.climbed([{"kernel": "k"}], Machine("cuda", 1, tmp_path), [Here()])
     assert (climb.best.block_m, climb.best.block_n) == (256, 256)
     assert len(tried) == len(set(tried)) and climb.candidates[bad] == {"out": "Failed: it hangs"}
+
+
+@dataclass(frozen=True)
+class Clocked(Machine):
+    """On which a candidate takes so many times the best one's time."""
+
+    over: float = 1.0
+    asked: list[int] = field(default_factory=list)
+
+    def recorded(self, runs: Any, pool: Any = None) -> Any:
+        return list
+
+    def replays(self, graphs: Any) -> dict[str, list[float]]:
+        self.asked.append(self.rounds)
+        return {"best": [1.0] * self.rounds, "candidate": [self.over] * self.rounds}
+
+
+@pytest.mark.parametrize(
+    ("over", "value", "faster", "rounds"),
+    [
+        (0.9, 1.0, True, [3, 11, 3, 11]),
+        (0.996, 1.0, False, [3, 11, 3, 11]),
+        (1.5, 1.0, False, [3]),
+        (0.5, 2.0, False, []),
+    ],
+    ids=["faster", "within the noise", "clearly slower", "wrong"],
+)
+def test_a_candidate_is_timed_in_turn_with_the_best(
+    over: float, value: float, faster: bool, rounds: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As long as it may win; and one that computes something else never is."""
+    monkeypatch.setattr(tiling, "call_of", lambda case, problem: lambda layer: (torch.full((2,), value),))
+    first, other = Tile(64, 64, 32, 8, 3), Tile(64, 64, 32, 8, 4)
+    climb = climb_of({"kernel": "gemm"}, first)
+    problems: list[Any] = [Case(n, 1, 1, 16, "float32") for n in (1, 2)]
+    climb.sets = {each: [None] for each in problems}
+    climb.want, climb.graphs = {each: [torch.ones(2)] for each in problems}, dict.fromkeys(problems, list)
+    climb.candidates[other] = {}
+    machine = Clocked("cuda", 11, tmp_path, over)
+    assert tiling.compared(climb, other, machine) is faster and machine.asked == rounds
+    assert climb.best == (other if faster else first)
+    assert climb.over_first == pytest.approx(over**2 if faster else 1.0)
+    assert ("out" in climb.candidates[other]) is (value != 1.0)
 
 
 def tuned(kernel: str, rank: int, tile: list[int], source: str) -> dict[str, Any]:
