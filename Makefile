@@ -55,14 +55,15 @@ $(EXTENSION): setup.py $(shell find csrc -type f)
 # full sweep, PART=steps whole training steps, PART=questions what decides between designs, PART=sanitizer the small
 # shapes under compute-sanitizer. Records go to OUT, by default benchmarks/results, from where earlier ones are read too;
 # nothing is begun after SECONDS.
-ON_GPU = $(if $(DRY),$(BIN)/python,$(PYTHON))
+OF_PROJECT = $(DRY)$(filter table,$(PART))
+ON_GPU = $(if $(OF_PROJECT),$(BIN)/python,$(PYTHON))
 TOLD = $(if $(DRY),--dry) $(if $(PART),--part $(PART)) $(if $(OUT),--results $(OUT)) $(if $(SECONDS),--seconds $(SECONDS))
-gpu: $(if $(DRY),setup,$(EXTENSION))
+gpu: $(if $(OF_PROJECT),setup,$(EXTENSION))
 	$(ON_GPU) -m benchmarks.gpu $(TOLD)
 
 # Writes adalora_kernels/backends/triton/measured.json, and to OUT, by which plans and tiles are chosen on such a device.
-# PART=i/n is a share of the kernels, PART=table the table alone, from what is recorded and without a device.
-tune: $(if $(DRY),setup,$(if $(filter table,$(PART)),,$(EXTENSION)))
+# PART=i/n is a share of the kernels, PART=table the table alone, from what is recorded and on any machine.
+tune: $(if $(OF_PROJECT),setup,$(EXTENSION))
 	$(ON_GPU) -m benchmarks.tune $(TOLD)
 
 clean:
