@@ -157,7 +157,7 @@ def adamw_update(
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """‖·‖₂ of all tensors together, fp64 [1]. Bitwise repeatable, whatever the number of threads."""
     ops = _ops("cpu")
-    table, _held = views_or_copies("tensors", tensors, torch.empty(0), Layout.CONTIGUOUS)
+    table, _held = views_or_copies("tensors", tensors, torch.empty(0, device="cpu"), Layout.CONTIGUOUS)
     norm: Tensor = ops.total_norm(table)
     return norm
 
@@ -165,7 +165,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 @lru_cache(maxsize=16)
 def _sizes(layout: TripletLayout) -> Tensor:
     """R, K, N of each layer, int64 [3, n]."""
-    return torch.tensor(layout.shapes, dtype=torch.int64).reshape(-1, 3).t().contiguous()
+    return torch.tensor(layout.shapes, dtype=torch.int64, device="cpu").reshape(-1, 3).t().contiguous()
 
 
 def mask_to_budget(
@@ -188,7 +188,7 @@ def mask_to_budget(
         if device_type == "cuda":
             threshold = native_cuda.mask_to_budget(scores, lora_E, budget, live, enabled)
         else:
-            enabled = torch.ones(1, dtype=torch.bool) if enabled is None else enabled
+            enabled = torch.ones(1, dtype=torch.bool, device="cpu") if enabled is None else enabled
             values = views_of("lora_E", lora_E, scores, Layout.CONTIGUOUS_ROWS)
             threshold = ops.mask_to_budget(scores, live, enabled, values, budget)
     except RuntimeError:
@@ -223,7 +223,7 @@ def orthogonality(
     factor = weight if squared else weight / (2 * len(lora_A))
     matrices = [*lora_A, *lora_B]
     try:
-        table, _held = views_or_copies("lora_A, lora_B", matrices, torch.empty(0))
+        table, _held = views_or_copies("lora_A, lora_B", matrices, torch.empty(0, device="cpu"))
         result: tuple[Tensor, Tensor] = ops.orthogonality(table, factor, squared)
     except RuntimeError:
         for name, factors in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -298,6 +298,8 @@ def _refuse(
             raise ValueError(f"{name}[{i}]: expected shape {list(shape)} on {device}, got {_describe(tensor)}")
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name}[{i}]: expected float32, float64, bfloat16 or float16, got {_describe(tensor)}")
+        if tensor.layout != torch.strided or (tensor.data_ptr() == 0 and tensor.numel() > 0):
+            raise TypeError(f"{name}[{i}]: expected a dense tensor with memory of its own, got {type(tensor).__name__}")
 
 
 def _refuse_parameters(

@@ -32,7 +32,7 @@ def importance_handed_over(
 
     ``sizes``: R, K, N of each layer, int64 [3, n] on the CPU. ``params``, ``grads``: their tables (``native_views``).
     """
-    on_host = torch.tensor(known, dtype=torch.bool)
+    on_host = torch.tensor(known, dtype=torch.bool, device="cpu")
     finite: Tensor = torch.ops.adalora_native.importance_handed_over(
         state, half, scores, sizes, params, grads, *handover, on_host, beta1, beta2
     )

@@ -69,10 +69,15 @@ def views_of(
     Raises:
         RuntimeError: one of them is none of that.
     """
-    table = torch.empty(len(tensors), _WORDS, dtype=torch.int64)
+    table = torch.empty(len(tensors), _WORDS, dtype=torch.int64, device="cpu")  # whatever the default device
     unread: int = _extension().read(tensors, place, table, layout)
     if unread >= 0:
-        raise RuntimeError(f"{name}[{unread}]: expected floating-point numbers on {place.device}, {layout.name}")
+        bad: Any = tensors[unread]
+        got = f"{type(bad).__name__} of {bad.dtype} {list(bad.shape)} on {bad.device}"
+        raise RuntimeError(
+            f"{name}[{unread}]: expected floating-point numbers in memory of their own on {place.device}, "
+            f"{layout.name}, got {got}"
+        )
     return table
 
 

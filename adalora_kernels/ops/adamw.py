@@ -45,7 +45,7 @@ def total_norm(tensors: Sequence[Tensor], *, backend: str | Backend | None = Non
         RuntimeError: the backend asked for can't run.
     """
     if not tensors:
-        return torch.zeros(1, dtype=torch.float64)
+        return torch.zeros(1, dtype=torch.float64, device="cpu")
     chosen = select("adamw", tensors[0].device.type, tensors[0].dtype, 0, backend).backend
     result: Tensor = implementation("adamw", chosen).total_norm(tensors)
     return result

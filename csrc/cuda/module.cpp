@@ -91,6 +91,7 @@ dlpack::Tensor tensor_of(PyObject* object) {
   }
   dlpack::Tensor found;
   if (exchange->read(object, &found) < 0) throw Raised{};
+  if (found.lies_nowhere()) raise(PyExc_TypeError, "expected a tensor with memory of its own");
   return found;
 }
 

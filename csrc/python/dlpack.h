@@ -33,6 +33,15 @@ struct Tensor {
   DataType dtype;
   int64_t *shape, *strides;
   uint64_t byte_offset;
+
+  int64_t elements() const {
+    int64_t count = 1;
+    for (int32_t i = 0; i < dims; ++i) count *= shape[i];
+    return count;
+  }
+
+  // A wrapper around other tensors, or one that only stands for another, has a shape but no memory.
+  bool lies_nowhere() const { return data == nullptr && elements() != 0; }
 };
 
 struct Exchange {

@@ -1,9 +1,7 @@
 #include "python/read.h"
 
 #include <cstring>
-#include <functional>
 #include <memory>
-#include <numeric>
 
 #include "common/view.h"
 #include "python/dlpack.h"
@@ -63,13 +61,9 @@ bool read_dtype(const dlpack::Tensor& tensor, DType& dtype) {
   return false;
 }
 
-int64_t elements_of(const dlpack::Tensor& tensor) {
-  return std::accumulate(tensor.shape, tensor.shape + tensor.dims, int64_t{1}, std::multiplies<>());
-}
-
 // As torch sees it: whatever its strides, one without elements is.
 bool is_contiguous(const dlpack::Tensor& tensor) {
-  if (elements_of(tensor) == 0) return true;
+  if (tensor.elements() == 0) return true;
   int64_t stride = 1;
   for (int32_t i = tensor.dims - 1; i >= 0; --i) {
     if (tensor.shape[i] > 1 && tensor.strides[i] != stride) return false;
@@ -78,12 +72,12 @@ bool is_contiguous(const dlpack::Tensor& tensor) {
   return true;
 }
 
-// The tensor as a View; false where its dtype or layout is another.
+// The tensor as a View; false where its dtype or layout is another, or it lies nowhere.
 bool view(const dlpack::Tensor& tensor, Py_ssize_t layout, View& out) {
-  if (!read_dtype(tensor, out.dtype) || (layout != kContiguous && tensor.dims != 2)) return false;
+  if (tensor.lies_nowhere() || !read_dtype(tensor, out.dtype) || (layout != kContiguous && tensor.dims != 2)) return false;
   if (layout == kContiguous) {
     out.rows = 1;
-    out.columns = elements_of(tensor);
+    out.columns = tensor.elements();
     out.stride = out.columns;
   } else {
     out.rows = tensor.shape[0];
@@ -127,7 +121,8 @@ PyObject* read(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const Py_ssize_t layout = PyLong_AsSsize_t(arguments[3]);
   if (tensors < 0 || PyErr_Occurred() != nullptr) return nullptr;
   const bool fits = table.device.type == dlpack::kCpu && has_dtype(table, dlpack::kInt, 64) && table.dims == 2 &&
-                    table.shape[0] == tensors && table.shape[1] == kViewWords && is_contiguous(table);
+                    table.shape[0] == tensors && table.shape[1] == kViewWords && is_contiguous(table) &&
+                    !table.lies_nowhere();
   if (!fits) return PyErr_Format(PyExc_ValueError, "table: expected int64 [%zd, %zd] on the CPU", tensors, kViewWords);
   View* views = reinterpret_cast<View*>(static_cast<char*>(table.data) + table.byte_offset);
   for (Py_ssize_t i = 0; i < tensors; ++i) {

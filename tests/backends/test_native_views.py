@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from adalora_kernels.backends import native
 from adalora_kernels.backends.native_views import Layout, views_of, views_or_copies, words_of
+from adalora_kernels.reference.importance import TripletLayout
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NONE = [0, 0, -1, -1, 0]
@@ -64,6 +68,55 @@ def test_any_shape_is_one_row() -> None:
 def test_what_has_no_view(unreadable: Tensor, layout: Layout) -> None:
     with pytest.raises(RuntimeError):
         rows([torch.zeros(2, 2), unreadable], layout)
+
+
+class Wrapper(Tensor):
+    """Around a tensor, as DTensor is: a shape, a dtype and a device, but no memory."""
+
+    @staticmethod
+    def __new__(cls, tensor: Tensor) -> Wrapper:
+        made: Wrapper = Tensor._make_wrapper_subclass(cls, tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(func)
+
+
+def test_what_lies_nowhere() -> None:
+    wrapper, nothing = Wrapper(torch.zeros(3, 4)), Wrapper(torch.zeros(0, 4))
+    for layout in Layout:
+        with pytest.raises(RuntimeError, match=r"tensors\[0\]: expected .*, got Wrapper"):
+            rows([wrapper], layout)
+    assert words_of([wrapper], PLACE, None) is None
+    assert rows([nothing]) == [[0, 0, 0, 4, 4]]
+    with pytest.raises(RuntimeError, match=r"tensors\[0\]: expected .*, got FakeTensor"):
+        rows([FakeTensorMode().from_tensor(torch.zeros(3, 4))])
+
+
+def test_a_table_that_lies_nowhere() -> None:
+    from adalora_kernels import _C
+
+    for table in (Wrapper(torch.zeros(1, 5, dtype=torch.int64)), torch.zeros(1, 5, dtype=torch.int64, device="meta")):
+        with pytest.raises((ValueError, RuntimeError), match=r"table: expected int64|meta"):
+            _C.read([PLACE[None]], PLACE, table, 1)
+    _C.read([], PLACE, Wrapper(torch.zeros(0, 5, dtype=torch.int64)), 1)
+
+
+def test_refused_in_words_before_anything_changes() -> None:
+    layout, state, half = TripletLayout(((2, 3, 4),)), torch.zeros(4 * 16), torch.zeros(1, dtype=torch.int32)
+    params = [torch.ones(2, 3), torch.ones(2, 1), torch.ones(4, 2)]
+    grads = [params[0], FakeTensorMode().from_tensor(params[1]), params[2]]
+    with pytest.raises(TypeError, match=r"grads\[1\]: expected a dense tensor with memory of its own, got FakeTensor"):
+        native.importance_update(layout, params, grads, state, half, torch.zeros(2), 0.9, 0.9)
+    assert not state.any() and half == 0
+
+
+def test_default_device() -> None:
+    """Tables lie on the CPU whatever ``torch.set_default_device`` says."""
+    with torch.device("meta"):
+        assert rows([PLACE[None]]) == [[0, 0, 1, 0, 0]]
+        assert native.total_norm([torch.full((3, 4), 2.0, device="cpu")]).item() == pytest.approx(48**0.5)
 
 
 def test_copies_where_needed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adalora_kernels.backends import native_views
 from adalora_kernels.backends.triton.engine import tables
@@ -51,6 +52,8 @@ def test_the_extension_reads_them() -> None:
         (torch.zeros(4, 4, device="meta"), ValueError),
         (torch.zeros(4, 4, dtype=torch.float64), TypeError),
         (torch.zeros(4, 4, dtype=torch.int32), TypeError),
+        (torch.zeros(4, 4).to_sparse(), TypeError),
+        (FakeTensorMode().from_tensor(torch.zeros(4, 4)), TypeError),
     ],
 )
 def test_what_has_no_word(way: str, bad: Tensor, error: type[Exception]) -> None:

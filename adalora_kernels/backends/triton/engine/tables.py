@@ -106,6 +106,8 @@ def _words_of(
             raise ValueError(f"{name}[{i}]: expected shape {list(shape)} on {device}, got {describe(tensor)}")
         if tensor.dtype not in _FLAGS:
             raise TypeError(f"{name}[{i}]: expected float32, bfloat16 or float16, got {describe(tensor)}")
+        if tensor.layout != torch.strided or (tensor.data_ptr() == 0 and tensor.numel() > 0):
+            raise TypeError(f"{name}[{i}]: expected a dense tensor with memory of its own, got {type(tensor).__name__}")
         if not tensor.is_contiguous():
             tensor = tensor.detach().contiguous()
         words.append(tensor.data_ptr() | _FLAGS[tensor.dtype])
@@ -170,7 +172,7 @@ def _captured_copy(numbers: list[int], device: torch.device) -> Tensor:
 
 
 def _staging(count: int, device: torch.device) -> Tensor:
-    return torch.empty(count, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return torch.empty(count, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
 
 
 def _copy(numbers: list[int], staging: Tensor, target: Tensor) -> None:
