@@ -27,7 +27,8 @@ def test_words(way: str, asked: bool) -> None:
     shapes = [(4, 4), (3, 7), (2, 1), (0, 5)]
     dtypes = (torch.bfloat16, torch.float32, torch.float16, torch.float32)
     tensors = [torch.zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    found = tables.words_of("x", [*tensors, None], tables.sizes_of([*shapes, (9, 9)]) if asked else None, CPU)
+    sizes = tables.sizes_of([*shapes, (9, 9)]) if asked else None
+    found = tables.words_of("x", [*tensors, None], sizes, CPU, some_missing=True)
     words = [t.data_ptr() | tables.CODES[t.dtype] << tables.ADDRESS_BITS for t in tensors]
     assert found.words == [*words, 0]
     assert len(found.held) == 4 and all(a is b for a, b in zip(found.held, tensors, strict=True))
@@ -53,10 +54,11 @@ def test_the_extension_reads_them() -> None:
         (torch.zeros(4, 4, dtype=torch.float64), TypeError),
         (torch.zeros(4, 4, dtype=torch.int32), TypeError),
         (torch.zeros(4, 4).to_sparse(), TypeError),
+        (None, TypeError),
         (FakeTensorMode().from_tensor(torch.zeros(4, 4)), TypeError),
     ],
 )
-def test_what_has_no_word(way: str, bad: Tensor, error: type[Exception]) -> None:
+def test_what_has_no_word(way: str, bad: Tensor | None, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"x\[1\]: expected .*, got"):
         tables.words_of("x", [torch.zeros(4, 4), bad], SIZES, CPU)
 

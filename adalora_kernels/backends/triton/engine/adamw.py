@@ -49,7 +49,7 @@ def adamw_update(
     theta = words_of("params", params, parameter_sizes(layout), device)
     if any(held is not param for held, param in zip(theta.held, params, strict=True)):
         raise ValueError("params: expected contiguous tensors")
-    given = words_of("grads", grads, theta.sizes, device)
+    given = words_of("grads", grads, theta.sizes, device, some_missing=True)
     numbers = [bits_of(value) for row in settings.tolist() for value in row] if on_host else settings.contiguous()
     optimizer = Optimizer(moments, steps, groups, grad_scale, numbers)
     taken = sweep(layout, theta.words, given.words, device, importance, optimizer)

@@ -42,7 +42,7 @@ def importance_update(
     importance = Importance(state, half, scores, beta1, beta2, False)
     check_importance(layout, importance, state.device)
     theta = words_of("params", params, parameter_sizes(layout), state.device)
-    given = words_of("grads", grads, theta.sizes, state.device)
+    given = words_of("grads", grads, theta.sizes, state.device, some_missing=True)
     taken = sweep(layout, theta.words, given.words, state.device, importance, None, handed_over)
     del theta, given
     return taken

@@ -66,7 +66,9 @@ def shapes_in(sizes: bytes) -> list[tuple[int, int]]:
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def words_of(name: str, tensors: Sequence[Tensor | None], sizes: bytes | None, device: torch.device) -> Words:
+def words_of(
+    name: str, tensors: Sequence[Tensor | None], sizes: bytes | None, device: torch.device, some_missing: bool = False
+) -> Words:
     """The words of tensors on a device.
 
     Args:
@@ -74,12 +76,16 @@ def words_of(name: str, tensors: Sequence[Tensor | None], sizes: bytes | None, d
         tensors: None where there is none.
         sizes: what those that are there must have; None for any.
         device: theirs.
+        some_missing: whether there may be None among them.
 
     Raises:
         ValueError: their number, a shape or a device is another.
-        TypeError: a dtype is none of ``CODES``.
+        TypeError: a dtype is none of ``CODES``, or there is no tensor where there must be.
     """
     there = [t for t in tensors if t is not None]
+    if len(there) < len(tensors) and not some_missing:
+        missing = next(i for i, t in enumerate(tensors) if t is None)
+        raise TypeError(f"{name}[{missing}]: expected a tensor, got None")
     if there and there[0].device == device and (sizes is None or len(sizes) == _SIZES * len(tensors)):
         found = native_views.words_of(tensors, there[0], sizes)
         if found is not None:
