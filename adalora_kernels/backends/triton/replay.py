@@ -98,6 +98,9 @@ def replayed(
         tensors: all that are among ``args``, the first of them not None.
         others: everything else in ``args``.
         args: of ``make``.
+
+    Raises:
+        TypeError: a tensor has no memory of its own: it wraps others, or stands for another.
     """
     first = tensors[0]
     assert first is not None
@@ -105,7 +108,10 @@ def replayed(
     key = (make, others, layout)
     replay = _known.get(key)
     if replay is None:
-        return make(*args) if layout is None or key in _known else _watched(key, make, tensors, args)
+        if layout is not None and key in _known:
+            return make(*args)
+        _check_memory(tensors)
+        return make(*args) if layout is None else _watched(key, make, tensors, args)
     device, active = first.get_device(), driver.active
     if measured.on_trial() or device != active.get_current_device() or launch.hooked():
         return make(*args)
@@ -125,10 +131,19 @@ def _reader(count: int) -> Callable[..., Hashable]:
     if not isinstance(found, str):
         return found.layout
     names = [f"t{i}" for i in range(count)]
-    layout = "({0}.get_device(), {0}.dtype, {0}.shape, {0}.stride(), {0}.data_ptr() & 15) if {0} is not None else None"
+    parts = "{0}.get_device(), {0}.dtype, {0}.shape, {0}.stride(), ({0}.data_ptr() or 15) & 15"
+    layout = f"({parts}) if {{0}} is not None else None"
     layouts = ", ".join(map(layout.format, names))
     read: Callable[..., Hashable] = eval(f"lambda {', '.join(names)}: ({layouts},)")
     return read
+
+
+def _check_memory(tensors: tuple[Tensor | None, ...]) -> None:
+    """A kernel would read address 0. Of a layout that is known no tensor does: ``_reader`` tells these apart."""
+    for t in tensors:
+        if t is not None and t.numel() > 0 and t.data_ptr() == 0:
+            got = f"{type(t).__name__} of {list(t.shape)} on {t.device}"
+            raise TypeError(f"backend triton: expected tensors with memory of their own, got a {got}")
 
 
 def _watched(key: Hashable, make: Callable[..., Result], tensors: tuple[Tensor | None, ...], args: Any) -> Result:

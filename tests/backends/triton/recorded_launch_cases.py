@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalora_kernels.backends import launcher as extension
@@ -306,6 +307,7 @@ def test_layouts(launcher: Launcher) -> None:
     assert launcher.layout(base) == launcher.layout(torch.nn.Parameter(torch.ones(4, 6)))
     assert launcher.layout(None, base) != launcher.layout(base, None)
     assert [launcher.layout(base, other) for other in (3, "x", torch.zeros(2, device="meta"))] == [None] * 3
+    assert launcher.layout(base, FakeTensorMode().from_tensor(base)) is None  # it lies nowhere
     assert launcher.layout(*[base] * 200) is None  # more than fits
 
 

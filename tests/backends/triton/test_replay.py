@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 triton = pytest.importorskip("triton")
 
@@ -336,6 +337,21 @@ def test_a_base_is_told_that_it_was_added_to(stub: StubDriver) -> None:
         before = args[3]._version
         y, _ = replayed(plans.launcher("forward", "delta"), tensors, rest, *args)
         assert y is args[3] and args[3]._version == before + 1
+
+
+def test_what_lies_nowhere_is_refused(stub: StubDriver) -> None:
+    """Though a call with its layout is known: a kernel would read address 0."""
+    layout, others = tensors_of("forward", "one_pass", random.Random(4))
+    launcher = plans.launcher("forward", "one_pass")
+    for _ in range(2):
+        tensors, rest, args = call("forward", "one_pass", layout | {"shift": 0}, others)
+        replayed(launcher, tensors, rest, *args)
+        wrapper = FakeTensorMode().from_tensor(args[1])
+        with pytest.raises(
+            TypeError, match=r"expected tensors with memory of their own, got a FakeTensor of \[48, 64\]"
+        ):
+            replayed(launcher, (tensors[0], wrapper, *tensors[2:]), rest, args[0], wrapper, *args[2:])
+    assert len(replay._known) == 1
 
 
 def test_few_layouts_are_remembered(stub: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
