@@ -52,11 +52,10 @@ def unwatch(owner: object) -> None:
 
 def called(slots: Iterable[Slot]) -> None:
     """Some allocator was called for the parameters at ``slots``."""
-    if _watched:
-        registries = {id(registry) for registry, _ in slots}
-        for owner, entry in list(_watched.items()):
-            if id(entry.slot[0]) in registries:
-                del _watched[owner]
+    for owner, entry in list(_watched.items()):
+        watched, _ = entry.slot
+        if any(registry is watched for registry, _ in slots):
+            del _watched[owner]
 
 
 @cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
+from operator import eq
 from typing import Any
 
 import torch
@@ -96,14 +97,15 @@ def can_accumulate(matrices: Iterable[Tensor]) -> bool:
     A hook would see the gradient without this share of it, and a subclass (DTensor, say) or a parameter that another
     library partitions keeps its gradients elsewhere.
     """
-    seen = set()
+    ids = []
     for m in matrices:
-        if m._backward_hooks or m._post_accumulate_grad_hooks or not m.is_leaf or id(m) in seen:
+        if m._backward_hooks or m._post_accumulate_grad_hooks or not m.is_leaf:
             return False
         if type(m) not in (torch.nn.Parameter, Tensor) or "ds_id" in m.__dict__:
             return False
-        seen.add(id(m))
-    return True
+        ids.append(id(m))
+    ids.sort()  # in a set they would collide, since they lie at multiples of powers of two
+    return not any(map(eq, ids, ids[1:]))
 
 
 class Term:

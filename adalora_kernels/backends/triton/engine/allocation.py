@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adalora_kernels.backends.triton.engine.tables import ADDRESS_BITS, check, describe, on_device
+from adalora_kernels.backends.triton.engine.tables import ADDRESS_BITS, CODES, check, describe, on_device, words_of
 from adalora_kernels.backends.triton.launch import launch
 
 _PLACE_BITS = 32
@@ -27,6 +27,7 @@ _PLACE = tl.constexpr((1 << _PLACE_BITS) - 1)
 _PLACE_SHIFT = tl.constexpr(_PLACE_BITS)
 _ADDRESS = tl.constexpr((1 << ADDRESS_BITS) - 1)
 _ADDRESS_SHIFT = tl.constexpr(ADDRESS_BITS)
+_FLOAT32 = tl.constexpr(CODES[torch.float32])
 
 
 @triton.jit
@@ -58,12 +59,12 @@ def _kth_smallest(scores_ptr, total, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def _zero(owners_ptr, words_ptr, layers, triplets, dead):
-    """Zero E of dead triplets. ``words``: of each E, the size of an element above its address; then its stride."""
+    """Zero E of dead triplets. ``words``: those of each E (``tables``), then their strides."""
     owner = tl.load(owners_ptr + triplets, mask=dead, other=0)
     layer = owner >> _PLACE_SHIFT
     word = tl.load(words_ptr + layer, mask=dead, other=0)
     place = (owner & _PLACE) * tl.load(words_ptr + layers + layer, mask=dead, other=0)
-    size = word >> _ADDRESS_SHIFT
+    size = tl.where(word >> _ADDRESS_SHIFT == _FLOAT32, 4, 2)
     address = (word & _ADDRESS) + place * size
     tl.store(address.to(tl.pointer_type(tl.int16)), 0, mask=dead & (size == 2))
     tl.store(address.to(tl.pointer_type(tl.int32)), 0, mask=dead & (size == 4))
@@ -117,18 +118,16 @@ def _values(lora_E: Sequence[Tensor], live: Tensor) -> tuple[Tensor, Tensor]:
     """The tables of the singular values on the device: owners and words."""
     device, total = live.device, live.numel()
     check("live", live, torch.bool, total, device)
-    words: list[int] = []
-    strides: list[int] = []
-    for i, e in enumerate(lora_E):
-        if e.dim() != 2 or e.shape[1] != 1 or e.device != device:
-            raise ValueError(f"lora_E[{i}]: expected shape [R, 1] on {device}, got {describe(e)}")
-        if not e.is_floating_point() or e.element_size() not in (2, 4):
-            raise TypeError(f"lora_E[{i}]: expected float32, bfloat16 or float16, got {describe(e)}")
-        words.append(e.data_ptr() | e.element_size() << ADDRESS_BITS)
-        strides.append(e.stride(0))
-    ranks = tuple(e.shape[0] for e in lora_E)
+    ranks = tuple(e.shape[0] if e.dim() == 2 and e.shape[1] == 1 else -1 for e in lora_E)
+    if -1 in ranks:
+        i = ranks.index(-1)
+        raise ValueError(f"lora_E[{i}]: expected shape [R, 1] on {device}, got {describe(lora_E[i])}")
     if sum(ranks) != total:
         raise ValueError(f"lora_E: expected {total} values, as many as triplets, got {sum(ranks)}")
+    strides = [e.stride(0) if rank > 1 else 1 for e, rank in zip(lora_E, ranks, strict=True)]
+    # Of a strided one, the first value stands for all: it would be copied.
+    whole = [e if stride == 1 else e[:1] for e, stride in zip(lora_E, strides, strict=True)]
+    words = words_of("lora_E", whole, None, device).words
     return _owners_of(ranks, device), on_device(("allocation", ranks), words + strides, device)
 
 
