@@ -112,8 +112,8 @@ def _words_of(
             raise ValueError(f"{name}[{i}]: expected shape {list(shape)} on {device}, got {describe(tensor)}")
         if tensor.dtype not in _FLAGS:
             raise TypeError(f"{name}[{i}]: expected float32, bfloat16 or float16, got {describe(tensor)}")
-        nowhere = tensor.data_ptr() == 0 and tensor.numel() > 0 and not tensor.is_meta  # which nothing launches on
-        if tensor.layout != torch.strided or nowhere:
+        # Nothing launches on the meta device.
+        if tensor.layout != torch.strided or (tensor.data_ptr() == 0 and tensor.numel() > 0 and not tensor.is_meta):
             raise TypeError(f"{name}[{i}]: expected a dense tensor with memory of its own, got {type(tensor).__name__}")
         if not tensor.is_contiguous():
             tensor = tensor.detach().contiguous()
