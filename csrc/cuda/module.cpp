@@ -13,25 +13,21 @@ extern "C" {
 
 struct _ts;
 extern PyObject _Py_NoneStruct;
-extern PyObject *PyExc_RuntimeError, *PyExc_TypeError, *PyExc_ValueError;
+extern PyObject *PyExc_RuntimeError, *PyExc_ValueError;
 
 PyObject* PyBytes_FromStringAndSize(const char* bytes, Py_ssize_t size);
 int PyBytes_AsStringAndSize(PyObject* object, char** bytes, Py_ssize_t* size);
-void* PyCapsule_GetPointer(PyObject* capsule, const char* name);
 PyObject* PyCapsule_New(void* pointer, const char* name, void (*destructor)(PyObject*));
 void PyErr_Clear();
-PyObject* PyErr_Format(PyObject* type, const char* format, ...);
 PyObject* PyErr_NoMemory();
 PyObject* PyErr_Occurred();
 void PyEval_RestoreThread(_ts* state);
 _ts* PyEval_SaveThread();
 long long PyLong_AsLongLong(PyObject* object);
 unsigned long long PyLong_AsUnsignedLongLong(PyObject* object);
-PyObject* PyObject_GetAttrString(PyObject* object, const char* name);
 PyObject* PyTuple_GetItem(PyObject* tuple, Py_ssize_t place);
 Py_ssize_t PyTuple_Size(PyObject* tuple);
 const char* PyUnicode_AsUTF8AndSize(PyObject* object, Py_ssize_t* size);
-void Py_DecRef(PyObject* object);
 void Py_IncRef(PyObject* object);
 
 }  // extern "C"
@@ -78,19 +74,9 @@ uint64_t address(PyObject* object) {
 // What torch says of a tensor. Raises where the object is none, or lies nowhere.
 dlpack::Tensor tensor_of(PyObject* object) {
   static const dlpack::Exchange* exchange = nullptr;
-  if (exchange == nullptr) {
-    PyObject* capsule = PyObject_GetAttrString(object, dlpack::kAttribute);
-    if (capsule == nullptr) throw Raised{};
-    auto* found = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
-    Py_DecRef(capsule);  // the type's attribute holds it
-    if (found == nullptr) throw Raised{};
-    if (found->major != dlpack::kMajor || found->read == nullptr) {
-      raise(PyExc_TypeError, "this PyTorch has another DLPack exchange");
-    }
-    exchange = found;
-  }
+  if (exchange == nullptr) exchange = dlpack::exchange_of(object);
   dlpack::Tensor found;
-  if (exchange->read(object, &found) < 0) throw Raised{};
+  if (exchange == nullptr || exchange->read(object, &found) < 0) throw Raised{};
   if (found.lies_nowhere()) raise(PyExc_TypeError, "expected a tensor with memory of its own");
   return found;
 }

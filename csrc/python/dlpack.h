@@ -6,6 +6,16 @@
 
 #include "python/module.h"
 
+extern "C" {
+
+extern PyObject* PyExc_TypeError;
+void Py_DecRef(PyObject* object);
+void* PyCapsule_GetPointer(PyObject* capsule, const char* name);
+PyObject* PyErr_Format(PyObject* type, const char* format, ...);
+PyObject* PyObject_GetAttrString(PyObject* object, const char* name);
+
+}  // extern "C"
+
 namespace adalora::dlpack {
 
 constexpr const char* kAttribute = "__dlpack_c_exchange_api__";  // of a tensor's type: a capsule
@@ -51,5 +61,18 @@ struct Exchange {
   int (*read)(PyObject* object, Tensor* out);  // 0, or -1 with an exception set
   void* current_stream;
 };
+
+// torch's, which the type of any of its tensors has; null with an exception set where it has none.
+inline const Exchange* exchange_of(PyObject* tensor) {
+  PyObject* capsule = PyObject_GetAttrString(tensor, kAttribute);
+  if (capsule == nullptr) return nullptr;
+  auto* exchange = static_cast<const Exchange*>(PyCapsule_GetPointer(capsule, kCapsule));
+  Py_DecRef(capsule);  // the type holds it
+  if (exchange != nullptr && (exchange->major != kMajor || exchange->read == nullptr)) {
+    PyErr_Format(PyExc_TypeError, "this PyTorch has another DLPack exchange than version %d", kMajor);
+    return nullptr;
+  }
+  return exchange;
+}
 
 }  // namespace adalora::dlpack

@@ -9,8 +9,7 @@
 extern "C" {
 
 extern PyObject _Py_NoneStruct;
-extern PyObject *PyExc_TypeError, *PyExc_ValueError;
-void Py_DecRef(PyObject* object);
+extern PyObject* PyExc_ValueError;
 PyObject* PyBytes_FromStringAndSize(const char* bytes, Py_ssize_t size);
 int PyBytes_AsStringAndSize(PyObject* object, char** bytes, Py_ssize_t* size);
 PyObject* PyList_New(Py_ssize_t size);
@@ -20,11 +19,8 @@ PyObject* PyTuple_Pack(Py_ssize_t size, ...);
 PyObject* PyLong_FromSsize_t(Py_ssize_t value);
 Py_ssize_t PyLong_AsSsize_t(PyObject* number);
 PyObject* PyErr_Occurred();
-PyObject* PyObject_GetAttrString(PyObject* object, const char* name);
-void* PyCapsule_GetPointer(PyObject* capsule, const char* name);
 Py_ssize_t PySequence_Size(PyObject* sequence);
 PyObject* PySequence_GetItem(PyObject* sequence, Py_ssize_t index);
-PyObject* PyErr_Format(PyObject* type, const char* format, ...);
 
 }  // extern "C"
 
@@ -36,18 +32,6 @@ struct Release {
   void operator()(PyObject* object) const { Py_DecRef(object); }
 };
 using Owned = std::unique_ptr<PyObject, Release>;
-
-// torch's, which the type of any of its tensors has; null with an exception set where it has none.
-const dlpack::Exchange* exchange_of(PyObject* tensor) {
-  const Owned capsule(PyObject_GetAttrString(tensor, dlpack::kAttribute));
-  if (capsule == nullptr) return nullptr;
-  auto* exchange = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(capsule.get(), dlpack::kCapsule));
-  if (exchange != nullptr && (exchange->major != dlpack::kMajor || exchange->read == nullptr)) {
-    PyErr_Format(PyExc_TypeError, "read: this PyTorch has another DLPack exchange than version %d", dlpack::kMajor);
-    return nullptr;
-  }
-  return exchange;
-}
 
 bool has_dtype(const dlpack::Tensor& tensor, uint8_t code, uint8_t bits) {
   return tensor.dtype.code == code && tensor.dtype.bits == bits && tensor.dtype.lanes == 1;
@@ -113,7 +97,7 @@ int64_t code_of(DType dtype) { return dtype == DType::kFloat32 ? 1 : dtype == DT
 
 PyObject* read(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 4) return PyErr_Format(PyExc_TypeError, "read: expected tensors, place, table and layout");
-  const dlpack::Exchange* exchange = exchange_of(arguments[1]);
+  const dlpack::Exchange* exchange = dlpack::exchange_of(arguments[1]);
   dlpack::Tensor place, table;
   if (exchange == nullptr || exchange->read(arguments[1], &place) < 0 || exchange->read(arguments[2], &table) < 0)
     return nullptr;
@@ -135,7 +119,7 @@ PyObject* read(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 PyObject* words(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 3) return PyErr_Format(PyExc_TypeError, "words: expected tensors, place and sizes");
-  const dlpack::Exchange* exchange = exchange_of(arguments[1]);
+  const dlpack::Exchange* exchange = dlpack::exchange_of(arguments[1]);
   dlpack::Tensor place;
   if (exchange == nullptr || exchange->read(arguments[1], &place) < 0) return nullptr;
   const Py_ssize_t tensors = PySequence_Size(arguments[0]);
