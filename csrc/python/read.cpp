@@ -134,7 +134,7 @@ PyObject* words(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const Owned found(PyBytes_FromStringAndSize(nullptr, bytes)), words(PyList_New(tensors));
   if (found == nullptr || words == nullptr || PyBytes_AsStringAndSize(found.get(), &sizes, &given) < 0) return nullptr;
   for (Py_ssize_t i = 0; i < tensors; ++i) {
-    View v;
+    View v{};
     const Outcome outcome = view(arguments[0], i, *exchange, place.device, kContiguousMatrices, v);
     if (outcome == Outcome::kRaised) return nullptr;
     const int64_t shape[2] = {v.rows, v.columns};

@@ -13,6 +13,7 @@ the BLAS, is made anew each time.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -218,7 +219,18 @@ def _added_to(tensor: Tensor) -> Tensor:
 
 def _like(shape: Sequence[int], tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """What stands for a contiguous tensor of this shape: one element, in all places."""
-    return tensor.new_empty(1, dtype=dtype or tensor.dtype).expand(shape)
+    return _bytes(tensor.device).view(dtype or tensor.dtype)[:1].expand(shape)
+
+
+@cache
+def _bytes(device: torch.device) -> Tensor:
+    """Room for one element of any dtype, kept for good.
+
+    Allocated by a thread of its own: the caller's may be allocating into the pool of a graph in the making, where the
+    warm-up of torch.compile's "reduce-overhead" fails over what is left behind.
+    """
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(torch.empty, 16, dtype=torch.uint8, device=device).result()
 
 
 def _new(like: Tensor) -> Tensor:

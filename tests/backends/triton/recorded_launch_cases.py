@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalora_kernels.backends import launcher as extension
@@ -240,6 +241,30 @@ def test_a_replay_takes_few_calls(recorder: Recorder, record_property: Callable[
     calls = python_calls(lambda: replay.replayed(make, tensors, others, *args))
     record_property("measured", f"a replayed backward, in calls of Python: {calls}")
     assert calls <= 36
+
+
+class Allocations(TorchDispatchMode):
+    """What this thread allocates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[StorageWeakRef] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in replay._ALLOCATIONS:
+            self.made.append(StorageWeakRef(result.untyped_storage()))
+        return result
+
+
+def test_nothing_is_left_in_the_callers_pool(recorder: Recorder) -> None:
+    """It may be that of a graph in the making, and torch.compile fails over what outlives the call."""
+    make, tensors, others, args = CASES[LARGEST][0]()
+    with Allocations() as watched:
+        results = replay.replayed(make, tensors, others, *args)
+    assert replay._known and len(watched.made) > 3
+    del results
+    assert all(storage.expired() for storage in watched.made)
 
 
 def test_an_error_names_the_kernel(recorder: Recorder) -> None:
