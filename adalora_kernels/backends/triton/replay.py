@@ -230,7 +230,7 @@ def _bytes(device: torch.device) -> Tensor:
     warm-up of torch.compile's "reduce-overhead" fails over what is left behind.
     """
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(torch.empty, 16, dtype=torch.uint8, device=device).result()
+        return executor.submit(lambda: torch.empty(16, dtype=torch.uint8, device=device)).result()
 
 
 def _new(like: Tensor) -> Tensor:
