@@ -114,9 +114,16 @@ def test_refused_in_words_before_anything_changes() -> None:
 
 def test_default_device() -> None:
     """Tables lie on the CPU whatever ``torch.set_default_device`` says."""
+    ones, live = torch.ones(1, 1), torch.ones(1, dtype=torch.bool)
+    state, half, scores = torch.zeros(12), torch.zeros(1, dtype=torch.int32), torch.zeros(1)
     with torch.device("meta"):
         assert rows([PLACE[None]]) == [[0, 0, 1, 0, 0]]
         assert native.total_norm([torch.full((3, 4), 2.0, device="cpu")]).item() == pytest.approx(48**0.5)
+        assert native.importance_update(
+            TripletLayout(((1, 1, 1),)), [ones] * 3, [ones] * 3, state, half, scores, 0.5, 0.5
+        ).item()
+        native.mask_to_budget(scores, [ones], 0, live)
+    assert scores.item() > 0 and not live.any() and not ones.any()
 
 
 def test_copies_where_needed() -> None:
