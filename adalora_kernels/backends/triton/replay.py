@@ -140,9 +140,12 @@ def _reader(count: int) -> Callable[..., Hashable]:
 
 
 def _check_memory(tensors: tuple[Tensor | None, ...]) -> None:
-    """A kernel would read address 0. Of a layout that is known no tensor does: ``_reader`` tells these apart."""
+    """A kernel would read address 0. Of a layout that is known no tensor does: ``_reader`` tells these apart.
+
+    Those on the meta device may pass: nothing launches there.
+    """
     for t in tensors:
-        if t is not None and t.numel() > 0 and t.data_ptr() == 0:
+        if t is not None and t.numel() > 0 and t.data_ptr() == 0 and not t.is_meta:
             got = f"{type(t).__name__} of {list(t.shape)} on {t.device}"
             raise TypeError(f"backend triton: expected tensors with memory of their own, got a {got}")
 
