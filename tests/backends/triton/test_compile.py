@@ -17,6 +17,7 @@ triton = pytest.importorskip("triton")
 
 from adalora_kernels.backends.triton import measured  # noqa: E402
 from adalora_kernels.backends.triton.configurations import Configuration, configurations  # noqa: E402
+from adalora_kernels.backends.triton.sources import fingerprint  # noqa: E402
 from adalora_kernels.backends.triton.tiles import Family, Tile, Width  # noqa: E402
 from tests.backends.triton.compiling import (  # noqa: E402
     MATRIX_INSTRUCTION,
@@ -114,6 +115,7 @@ def test_what_was_measured_is_among_them(monkeypatch: pytest.MonkeyPatch) -> Non
         {"kernel": "shrink", "width": "half", "max_rank": 16, "tile": [128, 0, 64, 4, 5]},
         {"kernel": "group_shrink", "width": "half", "max_rank": 48, "tile": [64, 0, 256, 8, 5]},
     ]
+    tiles = [{**tile, "source": fingerprint(str(tile["kernel"]))} for tile in tiles]
     entry = {"evidence": ["some-device-tuning.json"], "tiles": tiles, "plans": []}
     tables = measured.read({"8.0": {measured.minor_version(triton.__version__): entry, "2.1": entry}})
     monkeypatch.setattr(measured, "tables", lambda: tables)
