@@ -52,10 +52,11 @@ def unwatch(owner: object) -> None:
 
 def called(slots: Iterable[Slot]) -> None:
     """Some allocator was called for the parameters at ``slots``."""
-    for owner, entry in list(_watched.items()):
-        watched, _ = entry.slot
-        if any(registry is watched for registry, _ in slots):
-            del _watched[owner]
+    if _watched:
+        registries = [registry for registry, _ in slots]
+        for owner, entry in list(_watched.items()):
+            if any(registry is entry.slot[0] for registry in registries):
+                del _watched[owner]
 
 
 @cache

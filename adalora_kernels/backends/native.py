@@ -157,7 +157,7 @@ def adamw_update(
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """‖·‖₂ of all tensors together, fp64 [1]. Bitwise repeatable, whatever the number of threads."""
     ops = _ops("cpu")
-    table, _held = views_or_copies("tensors", tensors, torch.empty(0, device="cpu"), Layout.CONTIGUOUS)
+    table, _held = views_or_copies("tensors", tensors, None, Layout.CONTIGUOUS)
     norm: Tensor = ops.total_norm(table)
     return norm
 
@@ -223,7 +223,7 @@ def orthogonality(
     factor = weight if squared else weight / (2 * len(lora_A))
     matrices = [*lora_A, *lora_B]
     try:
-        table, _held = views_or_copies("lora_A, lora_B", matrices, torch.empty(0, device="cpu"))
+        table, _held = views_or_copies("lora_A, lora_B", matrices, None)
         result: tuple[Tensor, Tensor] = ops.orthogonality(table, factor, squared)
     except RuntimeError:
         for name, factors in (("lora_A", lora_A), ("lora_B", lora_B)):

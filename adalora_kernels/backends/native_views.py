@@ -56,20 +56,21 @@ def words_of(tensors: Sequence[Tensor | None], place: Tensor, sizes: bytes | Non
 
 
 def views_of(
-    name: str, tensors: Sequence[Tensor | None], place: Tensor, layout: Layout = Layout.CONTIGUOUS_MATRICES
+    name: str, tensors: Sequence[Tensor | None], place: Tensor | None, layout: Layout = Layout.CONTIGUOUS_MATRICES
 ) -> Tensor:
-    """The table of tensors on the device of ``place``, int64 [n, 5] on the CPU; None has a row too.
+    """The table of tensors on one device, int64 [n, 5] on the CPU; None has a row too.
 
     Args:
         name: of the argument, for the error.
         tensors: of fp32, fp64, bf16 or fp16.
-        place: a tensor.
+        place: a tensor on their device; None for the CPU.
         layout: theirs.
 
     Raises:
         RuntimeError: one of them is none of that.
     """
     table = torch.empty(len(tensors), _WORDS, dtype=torch.int64, device="cpu")  # whatever the default device
+    place = table if place is None else place
     unread: int = _extension().read(tensors, place, table, layout)
     if unread >= 0:
         bad: Any = tensors[unread]
@@ -82,7 +83,7 @@ def views_of(
 
 
 def views_or_copies(
-    name: str, tensors: Sequence[Tensor | None], place: Tensor, layout: Layout = Layout.CONTIGUOUS_MATRICES
+    name: str, tensors: Sequence[Tensor | None], place: Tensor | None, layout: Layout = Layout.CONTIGUOUS_MATRICES
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """As ``views_of``, with copies of tensors that aren't contiguous; and the tensors to be held."""
     try:
