@@ -224,7 +224,7 @@ class AdaLoraAdamW(torch.optim.AdamW):
         rows = [[0.0, *map(float, (g["weight_decay"], *g["betas"], g["eps"]))] for g in self.param_groups]
         if self.allocator.clock is None:
             rows = [[float(g["lr"]), *row[1:]] for g, row in zip(self.param_groups, rows, strict=True)]
-            return torch.tensor(rows, dtype=torch.float64)
+            return torch.tensor(rows, dtype=torch.float64, device="cpu")  # whatever the default device
         if self._table is None or self._table[0] != rows:
             self._table = rows, torch.tensor(rows, dtype=torch.float64, device=self._held[0].moments.device)
         table = self._table[1]

@@ -186,7 +186,7 @@ class _Arrival:
         for t, (a, e, b) in zip(allocator.triplets, saved, strict=True):
             row = self.pattern.get(t.name, [True] * rank)
             whole = len(e) == rank
-            at = torch.tensor(row) | whole
+            at = torch.tensor(row, device=a.device) | whole
             if len(row) != rank or (a.shape, e.shape) != ((int(at.sum()), t.shape[1]), (int(at.sum()), 1)):
                 raise ValueError(
                     f"{self.folder}: expected {sum(row)} rows of {t.name}, as its rank_pattern says, or {rank}, the "
@@ -200,7 +200,8 @@ class _Arrival:
                 )
             full_a, full_b = t.lora_A.detach().to(a, copy=True), t.lora_B.detach().to(b, copy=True)
             if t.shape[0] != rank:  # rows that the model has lost begin as PEFT begins them
-                full_a, full_b = (torch.randn(shape).to(a) * 0.02 for shape in ((rank, t.shape[1]), (t.shape[2], rank)))
+                shapes = (rank, t.shape[1]), (t.shape[2], rank)
+                full_a, full_b = (torch.randn(shape, device="cpu").to(a) * 0.02 for shape in shapes)
             full_e = e.new_zeros(rank, 1)
             full_a[at], full_e[at], full_b[:, at] = a, e, b
             factors.append((full_a, full_e, full_b))
@@ -208,10 +209,10 @@ class _Arrival:
         elements = sum(value.numel() for values in factors for value in values)
         anew = {
             "shapes": [[rank, *t.shape[1:]] for t in allocator.triplets],
-            "average": torch.zeros(elements),
-            "uncertainty": torch.zeros(elements),
-            "scores": torch.zeros(len(live)),
-            "live": torch.tensor(live),
+            "average": torch.zeros(elements, device="cpu"),
+            "uncertainty": torch.zeros(elements, device="cpu"),
+            "scores": torch.zeros(len(live), device="cpu"),
+            "live": torch.tensor(live, device="cpu"),
             "updates": 0,
             "settled": False,
             "kept": None,

@@ -299,3 +299,20 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     backward(model, 1, torch.float32)
     optimizer.step()
     assert allocator.next_step == 2
+
+
+def test_default_device() -> None:
+    """Where new tensors lie by default is of no account."""
+    ours = Network(torch.float32)
+    same = copy.deepcopy(ours)
+    optimizers = [
+        AdaLoraAdamW(groups(m), lr=5e-3, allocator=RankAllocator(m, **SETTINGS), max_grad_norm=0.5)
+        for m in (ours, same)
+    ]
+    for step in range(12):
+        backward(ours, step, torch.float32)
+        backward(same, step, torch.float32)
+        with torch.device("meta"):
+            optimizers[0].step()
+        optimizers[1].step()
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), same.parameters(), strict=True))
