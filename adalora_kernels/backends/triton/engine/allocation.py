@@ -26,8 +26,8 @@ _OPTIONS = {"BLOCK": _BLOCK, "num_warps": 8, "num_stages": 1}
 _PLACE = tl.constexpr((1 << _PLACE_BITS) - 1)
 _PLACE_SHIFT = tl.constexpr(_PLACE_BITS)
 _ADDRESS = tl.constexpr((1 << ADDRESS_BITS) - 1)
+_SIZES_OF_CODES = {code: (dtype.itemsize - code) << ADDRESS_BITS for dtype, code in CODES.items()}  # to be added
 _ADDRESS_SHIFT = tl.constexpr(ADDRESS_BITS)
-_FLOAT32 = tl.constexpr(CODES[torch.float32])
 
 
 @triton.jit
@@ -59,12 +59,12 @@ def _kth_smallest(scores_ptr, total, k, BLOCK: tl.constexpr):
 
 @triton.jit
 def _zero(owners_ptr, words_ptr, layers, triplets, dead):
-    """Zero E of dead triplets. ``words``: those of each E (``tables``), then their strides."""
+    """Zero E of dead triplets. ``words``: of each E, the size of an element above its address; then their strides."""
     owner = tl.load(owners_ptr + triplets, mask=dead, other=0)
     layer = owner >> _PLACE_SHIFT
     word = tl.load(words_ptr + layer, mask=dead, other=0)
     place = (owner & _PLACE) * tl.load(words_ptr + layers + layer, mask=dead, other=0)
-    size = tl.where(word >> _ADDRESS_SHIFT == _FLOAT32, 4, 2)
+    size = word >> _ADDRESS_SHIFT
     address = (word & _ADDRESS) + place * size
     tl.store(address.to(tl.pointer_type(tl.int16)), 0, mask=dead & (size == 2))
     tl.store(address.to(tl.pointer_type(tl.int32)), 0, mask=dead & (size == 4))
@@ -127,7 +127,8 @@ def _values(lora_E: Sequence[Tensor], live: Tensor) -> tuple[Tensor, Tensor]:
     strides = [e.stride(0) if rank > 1 else 1 for e, rank in zip(lora_E, ranks, strict=True)]
     # Of a strided one, the first value stands for all: it would be copied.
     whole = [e if stride == 1 else e[:1] for e, stride in zip(lora_E, strides, strict=True)]
-    words = words_of("lora_E", whole, None, device).words
+    found = words_of("lora_E", whole, None, device)
+    words = [word + _SIZES_OF_CODES[word >> ADDRESS_BITS] for word in found.words]
     return _owners_of(ranks, device), on_device(("allocation", ranks), words + strides, device)
 
 
