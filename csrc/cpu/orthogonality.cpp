@@ -63,6 +63,13 @@ bool threaded(const std::vector<Matrix>& matrices) {
   return elements >= kThreadedElements;
 }
 
+// A matrix, if there is one of this number, and where they are read its gradient.
+Ahead ahead_of(const std::vector<Matrix>& matrices, int64_t i, void* const* gradients) {
+  if (i >= static_cast<int64_t>(matrices.size())) return {};
+  const Matrix& m = matrices[i];
+  return {m.data, gradients == nullptr ? nullptr : gradients[i], m.rank * m.length * size_of(m.dtype)};
+}
+
 template <typename T>
 struct Scratch {
   std::vector<double> gram;
@@ -86,17 +93,17 @@ const T* widened(const Matrix& m, const GramKernels<T>& kernels, Scratch<T>& scr
 // γ' ‖C‖ (γ' ‖C‖²) of one matrix, and its slopes.
 template <typename T>
 double regularise(const Matrix& m, const GramKernels<T>& kernels, double factor, bool squared, T* slopes,
-                  Scratch<T>& scratch) {
+                  Scratch<T>& scratch, const Ahead& ahead) {
   const int64_t r = m.rank;
   if (r == 0) return 0.0;
   const T* data = widened(m, kernels, scratch);
   scratch.gram.resize(r * r);
   double* c = scratch.gram.data();
   if (m.columns) {
-    kernels.gram_columns(data, r, m.length, c);
+    kernels.gram_columns(data, r, m.length, c, ahead);
   } else {
     scratch.zeros.resize(kRowBlock);
-    kernels.gram_rows(data, r, m.length, scratch.zeros.data(), c);
+    kernels.gram_rows(data, r, m.length, scratch.zeros.data(), c, ahead);
   }
   double total = 0;
   for (int64_t i = 0; i < r; ++i) {
@@ -113,10 +120,11 @@ double regularise(const Matrix& m, const GramKernels<T>& kernels, double factor,
 template <typename T>
 T value_of(const std::vector<Matrix>& matrices, const GramKernels<T>& kernels, double factor, bool squared, T* slopes) {
   std::vector<double> values(matrices.size());
-  for_each_item(
+  for_each_item_and_next(
       static_cast<int64_t>(matrices.size()), threaded(matrices), [] { return Scratch<T>{}; },
-      [&](int64_t i, Scratch<T>& scratch) {
-        values[i] = regularise(matrices[i], kernels, factor, squared, slopes + matrices[i].slopes, scratch);
+      [&](int64_t i, int64_t next, Scratch<T>& scratch) {
+        values[i] = regularise(matrices[i], kernels, factor, squared, slopes + matrices[i].slopes, scratch,
+                               ahead_of(matrices, next, nullptr));
       });
   double total = 0;
   for (const double value : values) total += value;
@@ -126,7 +134,7 @@ T value_of(const std::vector<Matrix>& matrices, const GramKernels<T>& kernels, d
 // scale · D A (scale · B D) of one matrix into `gradient`, which has the matrix's dtype and layout.
 template <typename T>
 void differentiate(const Matrix& m, const GramKernels<T>& kernels, const T* slopes, T scale, void* gradient, bool add,
-                   Scratch<T>& scratch) {
+                   Scratch<T>& scratch, const Ahead& ahead) {
   const int64_t r = m.rank, count = r * m.length, stride = padded(r);
   if (count == 0) return;
   scratch.slopes.assign(r * stride, T{});
@@ -139,24 +147,25 @@ void differentiate(const Matrix& m, const GramKernels<T>& kernels, const T* slop
     out = scratch.gradient.data();
     if (add) kernels.widen(out, gradient, m.dtype, count);
   }
-  kernels.times(m.columns, add, scratch.slopes.data(), widened(m, kernels, scratch), r, m.length, out);
+  kernels.times(m.columns, add, scratch.slopes.data(), widened(m, kernels, scratch), r, m.length, out, ahead);
   if (!in_place) kernels.narrow(gradient, m.dtype, out, count);
 }
 
 template <typename T>
 void differentiate_all(const std::vector<Matrix>& matrices, const GramKernels<T>& kernels, const T* slopes, T scale,
                        const std::vector<void*>& gradients, bool add) {
-  for_each_item(
+  for_each_item_and_next(
       static_cast<int64_t>(matrices.size()), threaded(matrices), [] { return Scratch<T>{}; },
-      [&](int64_t i, Scratch<T>& scratch) {
-        differentiate(matrices[i], kernels, slopes + matrices[i].slopes, scale, gradients[i], add, scratch);
+      [&](int64_t i, int64_t next, Scratch<T>& scratch) {
+        differentiate(matrices[i], kernels, slopes + matrices[i].slopes, scale, gradients[i], add, scratch,
+                      ahead_of(matrices, next, add ? gradients.data() : nullptr));
       });
 }
 
 template <typename T>
 void add_gradient(const Matrix& m, const GramKernels<T>& kernels, const T* slopes, double scale, void* gradient) {
   Scratch<T> scratch;
-  differentiate(m, kernels, slopes + m.slopes, static_cast<T>(scale), gradient, true, scratch);
+  differentiate(m, kernels, slopes + m.slopes, static_cast<T>(scale), gradient, true, scratch, Ahead{});
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -19,6 +20,21 @@ void for_each_item(int64_t items, bool threaded, const MakeScratch& make_scratch
   };
   if (!threaded || items < 2) return draw(0, 1);
   torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, draw);
+}
+
+// The same with work(item, next, scratch), where `next` is the item that the same thread does after it. It is drawn
+// ahead as long as enough are left for the others; then it is `items`.
+template <typename MakeScratch, typename Work>
+void for_each_item_and_next(int64_t items, bool threaded, const MakeScratch& make_scratch, const Work& work) {
+  const int64_t threads = threaded ? torch::stable::get_num_threads() : 1;
+  std::atomic<int64_t> undrawn{0};
+  for_each_item(threads, threads > 1, make_scratch, [&](int64_t, auto& scratch) {
+    const auto drawn = [&] { return std::min(undrawn.fetch_add(1, std::memory_order_relaxed), items); };
+    for (int64_t item = drawn(), next; item < items; item = next < items ? next : drawn()) {
+      next = undrawn.load(std::memory_order_relaxed) + threads < items ? drawn() : items;
+      work(item, next, scratch);
+    }
+  });
 }
 
 }  // namespace adalora::cpu

@@ -16,11 +16,13 @@ constexpr int64_t kStep = 64;    // in steps of so many rows, against rounding
 
 // C[i, j] += Σ_k A[i, k] A[j, k] for one kTile × kTile tile, vectors along k.
 template <typename T>
-ADALORA_INLINE void gram_tile(const T* const* left, const T* const* right, int64_t count, double (&c)[kTile][kTile]) {
+ADALORA_INLINE void gram_tile(const T* const* left, const T* const* right, int64_t count, double (&c)[kTile][kTile],
+                              Ahead& ahead) {
   constexpr int lanes = kLanes<T>;
   Vec<T> acc[kTile][kTile] = {};
   int64_t k = 0;
   for (; k + lanes <= count; k += lanes) {
+    if (k % kStep == 0) ahead.step();
     Vec<T> r[kTile];
     for (int j = 0; j < kTile; ++j) r[j] = load(right[j] + k);
     for (int i = 0; i < kTile; ++i) {
@@ -39,7 +41,9 @@ ADALORA_INLINE void gram_tile(const T* const* left, const T* const* right, int64
 }
 
 template <typename T>
-void gram_rows(const T* a, int64_t rank, int64_t length, const T* zeros, double* gram) {
+void gram_rows(const T* a, int64_t rank, int64_t length, const T* zeros, double* gram, Ahead ahead) {
+  const int64_t tiles = (rank + kTile - 1) / kTile;
+  ahead.pace(tiles * (tiles + 1) / 2 * length / kStep);
   for (int64_t i = 0; i < rank * rank; ++i) gram[i] = 0;
   for (int64_t begin = 0; begin < length; begin += kRowBlock) {
     const int64_t count = length - begin < kRowBlock ? length - begin : kRowBlock;
@@ -49,7 +53,7 @@ void gram_rows(const T* a, int64_t rank, int64_t length, const T* zeros, double*
       for (int64_t j0 = i0; j0 < rank; j0 += kTile) {
         const T* right[kTile] = {row(j0), row(j0 + 1), row(j0 + 2), row(j0 + 3)};
         double c[kTile][kTile];
-        gram_tile<T>(left, right, count, c);
+        gram_tile<T>(left, right, count, c, ahead);
         for (int64_t i = 0; i < kTile && i0 + i < rank; ++i)
           for (int64_t j = 0; j < kTile && j0 + j < rank; ++j) gram[(i0 + i) * rank + j0 + j] += c[i][j];
       }
@@ -70,13 +74,14 @@ ADALORA_INLINE int64_t readable_rows(int64_t rank, int64_t length) {
 // what follows in memory: dropped.
 template <typename T, int Rows>
 ADALORA_INLINE void gram_block(const T* b, int64_t rank, int64_t safe, int64_t begin, int64_t end, int64_t i0,
-                               int64_t j0, double* gram) {
+                               int64_t j0, double* gram, Ahead& ahead) {
   const int64_t whole = end < safe ? end : safe;
   Vec<T> acc[Rows] = {};
   int64_t n = begin;
   while (n < whole) {
     const int64_t stop = n + kStep < whole ? n + kStep : whole;
     Vec<T> part[Rows] = {};
+    ahead.step();
     for (; n < stop; ++n) {
       const Vec<T> row = load(b + n * rank + j0);
       for (int i = 0; i < Rows; ++i) part[i] = multiply_add(splat(b[n * rank + i0 + i]), row, part[i]);
@@ -94,16 +99,17 @@ ADALORA_INLINE void gram_block(const T* b, int64_t rank, int64_t safe, int64_t b
 
 // C[i, j…] += Σ_n B[n, i] B[n, j…] for the rows n of a slab, vectors along j.
 template <typename T>
-ADALORA_INLINE void gram_slab(const T* b, int64_t rank, int64_t safe, int64_t begin, int64_t end, double* gram) {
+ADALORA_INLINE void gram_slab(const T* b, int64_t rank, int64_t safe, int64_t begin, int64_t end, double* gram,
+                               Ahead& ahead) {
   constexpr int lanes = kLanes<T>;
   for (int64_t i0 = 0; i0 < rank;) {
     const int64_t left = (rank - i0 + kGathered - 1) / kGathered * kGathered;
     const int64_t rows = left < kMostGathered ? left : kMostGathered;
     for (int64_t j0 = i0 / lanes * lanes; j0 < rank; j0 += lanes) {
       switch (rows) {
-        case 4: gram_block<T, 4>(b, rank, safe, begin, end, i0, j0, gram); break;
-        case 8: gram_block<T, 8>(b, rank, safe, begin, end, i0, j0, gram); break;
-        default: gram_block<T, kMostGathered>(b, rank, safe, begin, end, i0, j0, gram);
+        case 4: gram_block<T, 4>(b, rank, safe, begin, end, i0, j0, gram, ahead); break;
+        case 8: gram_block<T, 8>(b, rank, safe, begin, end, i0, j0, gram, ahead); break;
+        default: gram_block<T, kMostGathered>(b, rank, safe, begin, end, i0, j0, gram, ahead);
       }
     }
     i0 += rows;
@@ -111,21 +117,24 @@ ADALORA_INLINE void gram_slab(const T* b, int64_t rank, int64_t safe, int64_t be
 }
 
 template <typename T>
-void gram_columns(const T* b, int64_t rank, int64_t length, double* gram) {
+void gram_columns(const T* b, int64_t rank, int64_t length, double* gram, Ahead ahead) {
+  ahead.pace(length / kStep);
   for (int64_t i = 0; i < rank * rank; ++i) gram[i] = 0;
   const int64_t safe = readable_rows<T>(rank, length);
   for (int64_t begin = 0; begin < length; begin += kFold)
-    gram_slab<T>(b, rank, safe, begin, begin + kFold < length ? begin + kFold : length, gram);
+    gram_slab<T>(b, rank, safe, begin, begin + kFold < length ? begin + kFold : length, gram, ahead);
 }
 
 // out[i, k…] (+)= Σ_j D[i, j] A[j, k…], kTile rows and two vectors along k at a time.
 template <typename T, bool Add>
-void times_rows(const T* d, const T* a, int64_t rank, int64_t length, T* out) {
+void times_rows(const T* d, const T* a, int64_t rank, int64_t length, T* out, Ahead ahead) {
   constexpr int lanes = kLanes<T>, kWide = 2;
+  ahead.pace((rank + kTile - 1) / kTile * (length / (kWide * lanes)));
   const int64_t stride = padded(rank);
   int64_t k = 0;
   for (; k + kWide * lanes <= length; k += kWide * lanes) {
     for (int64_t i0 = 0; i0 < rank; i0 += kTile) {
+      ahead.step();
       Vec<T> acc[kTile][kWide] = {};
       for (int64_t j = 0; j < rank; ++j) {
         const Vec<T> first = load(a + j * length + k), second = load(a + j * length + k + lanes);
@@ -155,13 +164,15 @@ void times_rows(const T* d, const T* a, int64_t rank, int64_t length, T* out) {
 // it leaves in the next row, written after it, was there before or is put right; so the last rows are written number by
 // number.
 template <typename T, bool Add>
-void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out) {
+void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out, Ahead ahead) {
   constexpr int lanes = kLanes<T>;
+  ahead.pace(length / kRows);
   const int64_t stride = padded(rank);
   const int64_t safe = readable_rows<T>(rank, length);
   int64_t n = 0;
   if (rank <= lanes) {
     for (; n + kRows <= safe; n += kRows) {
+      ahead.step();
       Vec<T> acc[kRows] = {};
       for (int64_t i = 0; i < rank; ++i) {
         const Vec<T> row = load(d + i * stride);
@@ -176,6 +187,7 @@ void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out)
   } else {
     // The last vector of a row ends with it and overlaps the one before, so nothing is written past the row.
     for (; n + kRows <= length; n += kRows) {
+      ahead.step();
       const int64_t whole = rank / lanes * lanes;
       for (int64_t j0 = 0; j0 < rank; j0 += lanes) {
         const int64_t j = j0 + lanes <= rank ? j0 : rank - lanes;
@@ -207,11 +219,11 @@ void times_columns(const T* d, const T* b, int64_t rank, int64_t length, T* out)
 }
 
 template <typename T>
-void times(bool columns, bool add, const T* d, const T* matrix, int64_t rank, int64_t length, T* out) {
+void times(bool columns, bool add, const T* d, const T* matrix, int64_t rank, int64_t length, T* out, Ahead ahead) {
   if (columns) {
-    (add ? times_columns<T, true> : times_columns<T, false>)(d, matrix, rank, length, out);
+    (add ? times_columns<T, true> : times_columns<T, false>)(d, matrix, rank, length, out, ahead);
   } else {
-    (add ? times_rows<T, true> : times_rows<T, false>)(d, matrix, rank, length, out);
+    (add ? times_rows<T, true> : times_rows<T, false>)(d, matrix, rank, length, out, ahead);
   }
 }
 

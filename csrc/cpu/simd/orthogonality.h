@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "cpu/ahead.h"
 #include "cpu/isa.h"
 
 namespace adalora::cpu {
@@ -12,10 +13,11 @@ template <typename T>
 struct GramKernels {
   // gram [rank, rank], upper triangle: A Aᵀ of A [rank, length], or Bᵀ B of B [length, rank]. `zeros` holds
   // kRowBlock zeros.
-  void (*gram_rows)(const T* a, int64_t rank, int64_t length, const T* zeros, double* gram);
-  void (*gram_columns)(const T* b, int64_t rank, int64_t length, double* gram);
+  void (*gram_rows)(const T* a, int64_t rank, int64_t length, const T* zeros, double* gram, Ahead ahead);
+  void (*gram_columns)(const T* b, int64_t rank, int64_t length, double* gram, Ahead ahead);
   // out (+)= D A, or of `columns` B D, with D [rank, padded(rank)], symmetric, zero past the rank.
-  void (*times)(bool columns, bool add, const T* d, const T* matrix, int64_t rank, int64_t length, T* out);
+  void (*times)(bool columns, bool add, const T* d, const T* matrix, int64_t rank, int64_t length, T* out,
+                Ahead ahead);
   void (*widen)(T* out, const void* in, DType dtype, int64_t count);
   void (*narrow)(void* out, DType dtype, const T* in, int64_t count);
 };
