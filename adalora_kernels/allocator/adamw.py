@@ -140,9 +140,9 @@ class AdaLoraAdamW(torch.optim.AdamW):
         self._laid_out = [id(group) for group in self.param_groups]
         self._moments_shown = [(p, views["exp_avg"]) for p, views in (*kept.items(),)[:1]]
 
-    def _current(self) -> list[Tensor]:
+    def _current(self) -> Sequence[Tensor]:
         """The adapters' parameters, laid out anew where one was replaced."""
-        params = [registry[key] for t in self.allocator.triplets for registry, key in t.slots]
+        params = self.allocator.parameters()
         same = len(params) == len(self._adapters) and all(map(is_, params, self._adapters))
         same &= self._laid_for is self.allocator.importance and self._laid_out == [
             id(group) for group in self.param_groups

@@ -34,7 +34,7 @@ class SpreadState(ScatteredState):
     def __init__(self, triplets: Sequence[Triplet]) -> None:
         params: list[Tensor] = [p for t in triplets for p in t.parameters]
         device, dtype = params[0].device, floating_state_dtype(params)
-        self.layout, self.places = layout_of(triplets), places_of(triplets)
+        self.layout, self.places = layout_of(triplets), places_of(t.lora_E for t in triplets)
         members: dict[Hashable, list[int]] = {}
         for layer, place in enumerate(self.places):
             members.setdefault(place, []).append(layer)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from adalora_kernels.allocator.state import ScatteredState
-from adalora_kernels.allocator.triplets import Triplet
 from adalora_kernels.backends.select import Backend
 from adalora_kernels.ops.allocation import zero_pruned
 from adalora_kernels.ops.checks import floating_state_dtype
@@ -217,9 +216,9 @@ class ShardedState(ScatteredState):
         self._partial.copy_(triplet_scores(self._local, self.averages[0, 0], self.averages[0, 1]))
         self.scores.copy_(triplet_scores(self.layout, average, uncertainty))
 
-    def lies_beside(self, triplets: Sequence[Triplet]) -> bool:
+    def lies_beside(self, lora_E: Sequence[Tensor]) -> bool:
         """As ``ImportanceState.lies_beside``."""
-        return self.live.device == triplets[0].lora_E.device
+        return self.live.device == lora_E[0].device
 
     def move_to(self, device: torch.device) -> None:
         """Follow the parameters to another device."""

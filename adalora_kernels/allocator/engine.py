@@ -15,7 +15,7 @@ from adalora_kernels.allocator.fused import FusedImportance
 from adalora_kernels.allocator.placement import follow_devices, follow_shards, state_of
 from adalora_kernels.allocator.schedule import VARIANTS, BudgetSchedule, StepPlan
 from adalora_kernels.allocator.tensorboard import write_scalars
-from adalora_kernels.allocator.triplets import Triplet, find_triplets, no_triplets, refuse_several_devices
+from adalora_kernels.allocator.triplets import Triplet, find_triplets, lookup, no_triplets, refuse_several_devices
 from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.reference.importance import REDUCTIONS
 
@@ -169,6 +169,19 @@ class BudgetEngine:
                 )
         return triplets
 
+    @property
+    def triplets(self) -> list[Triplet]:
+        """The layers, in the order of their averages."""
+        return self._triplets
+
+    @triplets.setter
+    def triplets(self, triplets: list[Triplet]) -> None:
+        self._triplets, self._lookup = triplets, lookup(triplets)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """A, E and B of each layer, as they are now."""
+        return self._lookup()
+
     def bind(self, model: nn.Module) -> None:
         """Follow ``model``'s parameters from now on: a copy of the same layers, or layers whose parameters were
         replaced or moved.
@@ -206,7 +219,7 @@ class BudgetEngine:
             step = self._next_step if step is None else _whole(step)
             plan = schedule.plan(step, self.importance.settled)
         if params is None:
-            params = [registry[key] for t in self.triplets for registry, key in t.slots]
+            params = self.parameters()
             self.importance = follow_shards(self.importance, self.triplets, params)
         if plan.rank:
             self._check_trainable(params[1::3])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import is_
 from typing import Any, Protocol
 
 import torch
@@ -177,8 +178,7 @@ class GraphedStep:
             return "the optimizer's state was"
         if any(group["lr"] is not lr for group, lr in zip(self.optimizer.param_groups, self._rates, strict=True)):
             return "a learning rate (which is a tensor to be filled) was"
-        slots = [slot for t in self.allocator.triplets for slot in t.slots]
-        if any(registry[key] is not p for (registry, key), p in zip(slots, self._parameters, strict=True)):
+        if not all(map(is_, self.allocator.parameters(), self._parameters)):
             return "parameters were"
         return None
 

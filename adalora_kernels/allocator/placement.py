@@ -23,7 +23,7 @@ def state_of(triplets: Sequence[Triplet]) -> ImportanceState:
     if are_sharded(params):
         refuse_several_devices("shards of this rank", triplets)
         return ShardedState(layout_of(triplets), shards_of(params), [local_part(p) for p in params])
-    return SpreadState(triplets) if len(set(places_of(triplets))) > 1 else ImportanceState(triplets)
+    return SpreadState(triplets) if len(set(places_of(t.lora_E for t in triplets))) > 1 else ImportanceState(triplets)
 
 
 def follow_shards(state: ImportanceState, triplets: Sequence[Triplet], params: Sequence[Tensor]) -> ImportanceState:
@@ -44,7 +44,7 @@ def follow_shards(state: ImportanceState, triplets: Sequence[Triplet], params: S
 
 def follow_devices(state: ImportanceState, triplets: Sequence[Triplet]) -> ImportanceState:
     """The state, or the same beside the parameters where these were moved since it was made."""
-    if state.lies_beside(triplets):
+    if state.lies_beside([t.lora_E for t in triplets]):
         return state
     if isinstance(state, ShardedState):
         state.move_to(triplets[0].lora_E.device)

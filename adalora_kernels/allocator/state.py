@@ -44,7 +44,7 @@ class ImportanceState:
         params = [p for t in triplets for p in t.parameters]
         device, dtype = params[0].device, dtype or floating_state_dtype(list(params))
         self.layout = layout_of(triplets)
-        self.places = places_of(triplets)
+        self.places = places_of(t.lora_E for t in triplets)
         self.averages = torch.zeros(2, 2, self.layout.total_elements, dtype=dtype, device=device)
         self.half = torch.zeros(1, dtype=torch.int32, device=device)
         self.scores = self.averages.new_zeros(self.layout.total_rank)
@@ -68,9 +68,9 @@ class ImportanceState:
         """Whether all of ``per_device()`` have taken their gradients, bool [1]. Where not, none of them counts."""
         return taken[0]
 
-    def lies_beside(self, triplets: Sequence[Triplet]) -> bool:
-        """Whether these layers, whose state this is, have stayed where they were."""
-        return self.places == places_of(triplets)
+    def lies_beside(self, lora_E: Sequence[Tensor]) -> bool:
+        """Whether the layers with these E, whose state this is, have stayed where they were."""
+        return self.places == places_of(lora_E)
 
     def update(
         self,

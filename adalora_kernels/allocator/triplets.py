@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, getitem
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,6 +61,25 @@ class Triplet:
         return a[0], a[1], b[0]
 
 
+class Lookup:
+    """Some parameters by where they are kept, as they are at each call.
+
+    A step comes to them when its activations have emptied the caches. Looked up by one loop of the interpreter's own,
+    they are waited for side by side.
+    """
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        self._registries: list[dict[str, Any]] = []
+        self._keys: list[str] = []
+        for registry, key in slots:
+            self._registries.append(registry)
+            self._keys.append(key)
+
+    def __call__(self) -> list[nn.Parameter]:
+        """The parameters, in the order of their slots."""
+        return list(map(getitem, self._registries, self._keys))
+
+
 def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]:
     """Every layer of ``model`` that holds lora_A, lora_E and lora_B, in the order of its parameters.
 
@@ -108,6 +127,11 @@ def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]
     return [t for t in found if t.name in trained or not t.lora_E.numel()]
 
 
+def lookup(triplets: Sequence[Triplet]) -> Lookup:
+    """Of A, E and B of each layer."""
+    return Lookup(slot for t in triplets for slot in t.slots)
+
+
 def no_triplets(model: nn.Module, adapter: str | None = None) -> ValueError:
     """What to raise where ``find_triplets`` finds none."""
     wanted = "" if adapter is None else f" for adapter {adapter!r}"
@@ -126,9 +150,9 @@ place_of: Callable[[Tensor], Hashable] = attrgetter("device")
 """Of a layer's E: layers of one place have their averages together, and one launch updates them."""
 
 
-def places_of(triplets: Sequence[Triplet]) -> list[Hashable]:
+def places_of(lora_E: Iterable[Tensor]) -> list[Hashable]:
     """The place of each layer."""
-    return [place_of(registry[key]) for registry, key in [t.slots[1] for t in triplets]]
+    return list(map(place_of, lora_E))
 
 
 def refuse_several_devices(what: str, triplets: Sequence[Triplet]) -> None:
@@ -137,9 +161,19 @@ def refuse_several_devices(what: str, triplets: Sequence[Triplet]) -> None:
     Raises:
         ValueError: they lie on several.
     """
-    places = sorted(set(map(str, places_of(triplets))))
+    places = sorted(set(map(str, places_of(t.lora_E for t in triplets))))
     if len(places) > 1:
         raise ValueError(f"model: expected its adapters on one device for {what}, found them on {', '.join(places)}")
 
 
-__all__ = ["Triplet", "find_triplets", "layout_of", "no_triplets", "place_of", "places_of", "refuse_several_devices"]
+__all__ = [
+    "Lookup",
+    "Triplet",
+    "find_triplets",
+    "layout_of",
+    "lookup",
+    "no_triplets",
+    "place_of",
+    "places_of",
+    "refuse_several_devices",
+]

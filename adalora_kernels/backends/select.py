@@ -106,8 +106,12 @@ def parse_request(backend: str | Backend | None) -> Request | None:
     other of them to the backend. None, "auto" and errors as in ``parse``.
     """
     if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend: expected a name or None, got {type(backend).__name__}")
+        raise _no_name(backend)
     return _parse(backend)
+
+
+def _no_name(backend: object) -> TypeError:
+    return TypeError(f"backend: expected a name or None, got {type(backend).__name__}")
 
 
 @cache
@@ -217,8 +221,17 @@ def unavailable_reason(backend: Backend, device_type: str) -> str | None:
 
 
 @cache
-def _select(op: str, device_type: str, dtype: torch.dtype, rank: int, requested: Request | None) -> Selection:
-    return choose(op, device_type, dtype, rank, requested, lambda backend: unavailable_reason(backend, device_type))
+def _select(op: str, device_type: str, dtype: torch.dtype, rank: int, backend: str | None, named: str) -> Selection:
+    requested = _parse(backend)
+    if requested is None and named:
+        requested = _parse(named)
+        if requested is not None and not offers(requested.backend, op, device_type):
+            requested = None
+    selection = choose(
+        op, device_type, dtype, rank, requested, lambda backend: unavailable_reason(backend, device_type)
+    )
+    _log_once(op, selection)
+    return selection
 
 
 @cache
@@ -237,16 +250,9 @@ def select(op: str, device_type: str, dtype: torch.dtype, rank: int, backend: st
         RuntimeError: where a backend asked for by name can't run, with the reason.
         ValueError: for an unknown name.
     """
-    requested = parse_request(backend)
-    if requested is None:
-        named = os.environ.get(ENVIRONMENT_VARIABLE)
-        if named:
-            requested = parse_request(named)
-            if requested is not None and not offers(requested.backend, op, device_type):
-                requested = None
-    selection = _select(op, device_type, dtype, rank, requested)
-    _log_once(op, selection)
-    return selection
+    if backend is not None and not isinstance(backend, str):
+        raise _no_name(backend)
+    return _select(op, device_type, dtype, rank, backend, os.environ.get(ENVIRONMENT_VARIABLE, ""))
 
 
 @cache

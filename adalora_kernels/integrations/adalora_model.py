@@ -6,6 +6,7 @@ type, and once per optimizer step. The schedule is PEFT's, and so is the format 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from adalora_kernels.allocator import find_triplets
 from adalora_kernels.allocator.compact import is_laid_out
 from adalora_kernels.allocator.orthogonality import loss_of_devices
-from adalora_kernels.allocator.triplets import Slot
+from adalora_kernels.allocator.triplets import Lookup
 from adalora_kernels.allocator.watch import unwatch, watch
 from adalora_kernels.backends.select import Backend, offers, parse
 from adalora_kernels.integrations.exchange import fuse_layer
@@ -53,7 +54,7 @@ class FusedState:
     siblings: bool | None = None
     hook: RemovableHandle | None = None
     layers: dict[str, AdaLoraLayer] | None = None
-    factors: list[tuple[Slot, Slot]] | None = None
+    factors: tuple[Lookup, Lookup] | None = None
     factors_of: str = ""
     allocator: TunerAllocator | None = None
     bound: bool = False
@@ -187,7 +188,7 @@ class FusedAdaLoraModel(AdaLoraModel):
 
     def _rebind(self, allocator: TunerAllocator) -> bool:
         """Let the allocator follow parameters that were replaced or moved; False where it no longer fits them."""
-        if self.fused_state.bound and allocator.importance.lies_beside(allocator.triplets):
+        if self.fused_state.bound and allocator.importance.lies_beside(allocator.parameters()[1::3]):
             return True
         shapes = [triplet.shape for triplet in find_triplets(self.model, allocator.adapter)]
         if shapes != list(allocator.importance.layout.shapes):
@@ -210,14 +211,15 @@ class FusedAdaLoraModel(AdaLoraModel):
             state.layers = {path: m for path, m in self.model.named_modules() if isinstance(m, AdaLoraLayer)}
         return state.layers
 
-    def _factors(self, adapter: str) -> tuple[list[Tensor], list[Tensor]]:
+    def _factors(self, adapter: str) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """A and B of each layer that has the trained adapter, as they are now."""
         state = self.fused_state
         if state.factors is None or state.factors_of != adapter:
             triplets = find_triplets(self.model, adapter) if adapter else []
-            state.factors, state.factors_of = [(t.slots[0], t.slots[2]) for t in triplets], adapter
-        # Straight from the registries: look-ups of module attributes would cost more than the term itself.
-        return [a[i] for (a, i), _ in state.factors], [b[j] for _, (b, j) in state.factors]
+            state.factors = Lookup(t.slots[0] for t in triplets), Lookup(t.slots[2] for t in triplets)
+            state.factors_of = adapter
+        lora_A, lora_B = state.factors
+        return lora_A(), lora_B()
 
     def backend_of(self, op: str) -> Backend | None:
         """The backend asked for, where it has ``op``; else the automatic choice."""

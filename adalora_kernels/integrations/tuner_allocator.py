@@ -164,9 +164,11 @@ class TunerAllocator(RankAllocator):
             self._write_pattern()
 
     def _write_pattern(self) -> None:
-        kept = self.tuner.fused_state.kept.get(self.name, {})
-        rows = zip(self.triplets, self.importance.pattern(), strict=True)
-        self.config.rank_pattern = {path_key(t.name, self.name): spread(row, kept.get(t.name)) for t, row in rows}
+        rows, kept = self.importance.pattern(), self.loaded_rows
+        if kept:
+            rows = [spread(row, kept.get(t.name)) for t, row in zip(self.triplets, rows, strict=True)]
+        keys = (path_key(t.name, self.name) for t in self.triplets)
+        self.config.rank_pattern = dict(zip(keys, rows, strict=True))
 
     def _shrink(self, rows: Rows, optimizer: Optimizer | None) -> None:
         super()._shrink(rows, optimizer)

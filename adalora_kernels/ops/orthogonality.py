@@ -9,6 +9,7 @@ own gradients arrive there too.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from operator import eq
@@ -97,11 +98,11 @@ def can_accumulate(matrices: Iterable[Tensor]) -> bool:
     A hook would see the gradient without this share of it, and a subclass (DTensor, say) or a parameter that another
     library partitions keeps its gradients elsewhere.
     """
-    ids = []
+    ids, partitions = [], "deepspeed" in sys.modules
     for m in matrices:
         if m._backward_hooks or m._post_accumulate_grad_hooks or not m.is_leaf:
             return False
-        if type(m) not in (torch.nn.Parameter, Tensor) or "ds_id" in m.__dict__:
+        if type(m) not in (torch.nn.Parameter, Tensor) or (partitions and "ds_id" in m.__dict__):
             return False
         ids.append(id(m))
     ids.sort()  # in a set they would collide, since they lie at multiples of powers of two

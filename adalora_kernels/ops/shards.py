@@ -107,6 +107,8 @@ def are_sharded(tensors: Iterable[Tensor]) -> bool:
 
 def are_gathered(modules: Iterable[torch.nn.Module]) -> bool:
     """Whether FSDP2 manages any of these modules: it may show plain parameters, whose gradients it takes away again."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
     # Not getattr, which a module answers slowly for what it lacks.
     return any(module.__dict__.get("_is_fsdp_managed_module", False) for module in modules)
 

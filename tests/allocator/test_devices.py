@@ -182,7 +182,7 @@ def test_a_copy_and_a_later_placement_are_followed() -> None:
     run.train(range(22))
     before, allocator = run.state(), run.allocator
     spread(run.model, 2)
-    assert not allocator.importance.lies_beside(allocator.triplets)
+    assert not allocator.importance.lies_beside(allocator.parameters()[1::3])
     allocator.bind(run.model)
     assert isinstance(allocator.importance, SpreadState) and all(map(torch.equal, before, run.state()))
     assert "after the optimizer's step on each of 2 devices" in str(explain(allocator))
