@@ -252,7 +252,9 @@ def select(op: str, device_type: str, dtype: torch.dtype, rank: int, backend: st
     """
     if backend is not None and not isinstance(backend, str):
         raise _no_name(backend)
-    return _select(op, device_type, dtype, rank, backend, os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    # Not looked up where it has no say: with cold caches that takes 20 µs.
+    named = os.environ.get(ENVIRONMENT_VARIABLE, "") if backend is None or backend == "auto" else ""
+    return _select(op, device_type, dtype, rank, backend, named)
 
 
 @cache

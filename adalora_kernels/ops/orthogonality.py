@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from operator import eq
+from operator import attrgetter, eq
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from adalora_kernels.ops.checks import floating_state_dtype
 from adalora_kernels.ops.importance import sink_of
 from adalora_kernels.ops.once import differentiable_once
 from adalora_kernels.ops.shards import are_partitioned, are_sharded, whole_matrices
+
+_PLAIN = frozenset({torch.nn.Parameter, Tensor})
+_STANDING = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks", "is_leaf")
 
 
 def orthogonality_loss(
@@ -98,14 +101,15 @@ def can_accumulate(matrices: Iterable[Tensor]) -> bool:
     A hook would see the gradient without this share of it, and a subclass (DTensor, say) or a parameter that another
     library partitions keeps its gradients elsewhere.
     """
-    ids, partitions = [], "deepspeed" in sys.modules
-    for m in matrices:
-        if m._backward_hooks or m._post_accumulate_grad_hooks or not m.is_leaf:
+    matrices = list(matrices)
+    if not _PLAIN.issuperset(map(type, matrices)):
+        return False
+    if "deepspeed" in sys.modules and any("ds_id" in m.__dict__ for m in matrices):
+        return False
+    for before, after, is_leaf in map(_STANDING, matrices):
+        if before or after or not is_leaf:
             return False
-        if type(m) not in (torch.nn.Parameter, Tensor) or (partitions and "ds_id" in m.__dict__):
-            return False
-        ids.append(id(m))
-    ids.sort()  # in a set they would collide, since they lie at multiples of powers of two
+    ids = sorted(map(id, matrices))  # in a set they would collide, since they lie at multiples of powers of two
     return not any(map(eq, ids, ids[1:]))
 
 

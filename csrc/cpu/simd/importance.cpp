@@ -23,9 +23,10 @@ bool run(const Run<T>& r, const Smoothing<T>& smoothing) {
     }
     const T* __restrict param = widened(r.param, r.param_dtype, begin, count, r.buffer);
     const T* __restrict grad = widened(r.grad, r.grad_dtype, begin, count, r.buffer + r.period);
-    finite &= score_elements(averages, r.streamed, [=](int64_t i, T& a, T& u) {
-      return update_element(param[i], grad[i], a, u, factors);
-    });
+    finite &= score_elements(
+        averages, r.streamed,
+        [=](int64_t i, T& a, T& u) { return update_element(param[i], grad[i], a, u, factors); },
+        [=](int64_t i) { fetch_ahead(i, param, grad, averages.average, averages.uncertainty); });
   }
   return finite;
 }

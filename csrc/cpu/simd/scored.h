@@ -9,7 +9,8 @@ namespace adalora::cpu::ADALORA_ISA {
 
 namespace {
 
-constexpr int kBlock = 16;  // elements at a time: some registers of every instruction set
+constexpr int kBlock = 16;       // elements at a time: some registers of every instruction set
+constexpr int64_t kAhead = 512;  // elements from prefetch to use: half a page, at whose end the hardware's own stops
 
 template <typename T>
 struct AverageRun {
@@ -19,9 +20,17 @@ struct AverageRun {
   int64_t count, period;
 };
 
-// Calls element(i, a, u) with Ī and Ū of element i, which it replaces, for s. Returns whether every s is finite.
-template <bool Past, typename T, typename Element>
-ADALORA_INLINE bool score_elements(const AverageRun<T>& r, const Element& element) {
+// Brings of each stream the block nearer that comes kAhead after the one at i.
+template <typename T, typename... More>
+ADALORA_INLINE void fetch_ahead(int64_t i, const T* stream, const More*... more) {
+  for (int l = 0; l < kBlock; l += 64 / sizeof(T)) __builtin_prefetch(stream + i + kAhead + l);
+  if constexpr (sizeof...(more) > 0) fetch_ahead(i, more...);
+}
+
+// Calls element(i, a, u) with Ī and Ū of element i, which it replaces, for s; before each block of them, fetch(i).
+// Returns whether every s is finite.
+template <bool Past, typename T, typename Element, typename Fetch>
+ADALORA_INLINE bool score_elements(const AverageRun<T>& r, const Element& element, const Fetch& fetch) {
   auto largest = magnitude_bits(T{});
   MagnitudeBits<T> most = {};
   for (int64_t begin = 0; begin < r.count; begin += r.period) {
@@ -30,6 +39,7 @@ ADALORA_INLINE bool score_elements(const AverageRun<T>& r, const Element& elemen
     int64_t i = begin;
     for (; i + kBlock <= end; i += kBlock) {
       T a[kBlock], u[kBlock], s[kBlock];
+      fetch(i);
       ADALORA_INDEPENDENT
       for (int l = 0; l < kBlock; ++l) {
         a[l] = r.average[i + l];
@@ -60,10 +70,15 @@ ADALORA_INLINE bool score_elements(const AverageRun<T>& r, const Element& elemen
 }
 
 // The same, past the caches where that is asked for and possible.
+template <typename T, typename Element, typename Fetch>
+ADALORA_INLINE bool score_elements(const AverageRun<T>& r, bool past, const Element& element, const Fetch& fetch) {
+  return past && can_stream(r.new_average, r.new_uncertainty) ? score_elements<true>(r, element, fetch)
+                                                              : score_elements<false>(r, element, fetch);
+}
+
 template <typename T, typename Element>
 ADALORA_INLINE bool score_elements(const AverageRun<T>& r, bool past, const Element& element) {
-  return past && can_stream(r.new_average, r.new_uncertainty) ? score_elements<true>(r, element)
-                                                              : score_elements<false>(r, element);
+  return score_elements(r, past, element, [](int64_t) {});
 }
 
 }  // namespace
