@@ -15,7 +15,7 @@ from adalora_kernels.allocator.fused import FusedImportance
 from adalora_kernels.allocator.placement import follow_devices, follow_shards, state_of
 from adalora_kernels.allocator.schedule import VARIANTS, BudgetSchedule, StepPlan
 from adalora_kernels.allocator.tensorboard import write_scalars
-from adalora_kernels.allocator.triplets import Triplet, find_triplets, lookup, no_triplets, refuse_several_devices
+from adalora_kernels.allocator.triplets import Lookup, Triplet, find_triplets, no_triplets, refuse_several_devices
 from adalora_kernels.backends.select import Backend, parse, select
 from adalora_kernels.reference.importance import REDUCTIONS
 
@@ -176,7 +176,7 @@ class BudgetEngine:
 
     @triplets.setter
     def triplets(self, triplets: list[Triplet]) -> None:
-        self._triplets, self._lookup = triplets, lookup(triplets)
+        self._triplets, self._lookup = triplets, Lookup([slot for t in triplets for slot in t.slots])
 
     def parameters(self) -> list[nn.Parameter]:
         """A, E and B of each layer, as they are now."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from operator import is_
 from typing import Any, Protocol
 
 import torch
@@ -178,7 +177,7 @@ class GraphedStep:
             return "the optimizer's state was"
         if any(group["lr"] is not lr for group, lr in zip(self.optimizer.param_groups, self._rates, strict=True)):
             return "a learning rate (which is a tensor to be filled) was"
-        if not all(map(is_, self.allocator.parameters(), self._parameters)):
+        if any(p is not q for p, q in zip(self.allocator.parameters(), self._parameters, strict=True)):
             return "parameters were"
         return None
 

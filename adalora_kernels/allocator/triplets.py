@@ -68,12 +68,9 @@ class Lookup:
     they are waited for side by side.
     """
 
-    def __init__(self, slots: Iterable[Slot]) -> None:
-        self._registries: list[dict[str, Any]] = []
-        self._keys: list[str] = []
-        for registry, key in slots:
-            self._registries.append(registry)
-            self._keys.append(key)
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._registries = [registry for registry, _ in slots]
+        self._keys = [key for _, key in slots]
 
     def __call__(self) -> list[nn.Parameter]:
         """The parameters, in the order of their slots."""
@@ -127,11 +124,6 @@ def find_triplets(model: nn.Module, adapter: str | None = None) -> list[Triplet]
     return [t for t in found if t.name in trained or not t.lora_E.numel()]
 
 
-def lookup(triplets: Sequence[Triplet]) -> Lookup:
-    """Of A, E and B of each layer."""
-    return Lookup(slot for t in triplets for slot in t.slots)
-
-
 def no_triplets(model: nn.Module, adapter: str | None = None) -> ValueError:
     """What to raise where ``find_triplets`` finds none."""
     wanted = "" if adapter is None else f" for adapter {adapter!r}"
@@ -171,7 +163,6 @@ __all__ = [
     "Triplet",
     "find_triplets",
     "layout_of",
-    "lookup",
     "no_triplets",
     "place_of",
     "places_of",

@@ -216,7 +216,7 @@ class FusedAdaLoraModel(AdaLoraModel):
         state = self.fused_state
         if state.factors is None or state.factors_of != adapter:
             triplets = find_triplets(self.model, adapter) if adapter else []
-            state.factors = Lookup(t.slots[0] for t in triplets), Lookup(t.slots[2] for t in triplets)
+            state.factors = Lookup([t.slots[0] for t in triplets]), Lookup([t.slots[2] for t in triplets])
             state.factors_of = adapter
         lora_A, lora_B = state.factors
         return lora_A(), lora_B()

@@ -23,7 +23,7 @@ void for_each_item(int64_t items, bool threaded, const MakeScratch& make_scratch
 }
 
 // The same with work(item, next, scratch), where `next` is the item that the same thread does after it. It is drawn
-// ahead as long as enough are left for the others; then it is `items`.
+// ahead, so that it too is held up, as long as one is left for each of the others; then it is `items`.
 template <typename MakeScratch, typename Work>
 void for_each_item_and_next(int64_t items, bool threaded, const MakeScratch& make_scratch, const Work& work) {
   const int64_t threads = threaded ? torch::stable::get_num_threads() : 1;
@@ -31,7 +31,7 @@ void for_each_item_and_next(int64_t items, bool threaded, const MakeScratch& mak
   for_each_item(threads, threads > 1, make_scratch, [&](int64_t, auto& scratch) {
     const auto drawn = [&] { return std::min(undrawn.fetch_add(1, std::memory_order_relaxed), items); };
     for (int64_t item = drawn(), next; item < items; item = next < items ? next : drawn()) {
-      next = undrawn.load(std::memory_order_relaxed) + threads < items ? drawn() : items;
+      next = undrawn.load(std::memory_order_relaxed) + threads <= items ? drawn() : items;
       work(item, next, scratch);
     }
   });

@@ -175,6 +175,16 @@ def test_changed_masks_recompile_nothing(base: str) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_the_term_compiles_where_its_matrices_must_be_looked_up_again() -> None:
+    torch._dynamo.reset()
+    model = patch_model(build("perceptron"))
+    model.add_adapter("other", AdaLoraConfig(target_modules=["first"], total_step=9, inference_mode=True))
+    model.delete_adapter("other")
+    assert model.base_model.fused_state.factors is None
+    compiled = torch.compile(model.base_model.orthogonality_loss, backend="aot_eager")()
+    torch.testing.assert_close(compiled, model.base_model.orthogonality_loss())
+
+
 def test_a_whole_model_compiles_once() -> None:
     """With the orthogonality term in its loss, while the allocator masks: the losses of the plain loop."""
     torch._dynamo.reset()

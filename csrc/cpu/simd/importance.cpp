@@ -26,7 +26,10 @@ bool run(const Run<T>& r, const Smoothing<T>& smoothing) {
     finite &= score_elements(
         averages, r.streamed,
         [=](int64_t i, T& a, T& u) { return update_element(param[i], grad[i], a, u, factors); },
-        [=](int64_t i) { fetch_ahead(i, param, grad, averages.average, averages.uncertainty); });
+        [=](int64_t i) {
+          fetch_ahead(i, averages.average, averages.uncertainty);
+          if (stored) fetch_ahead(i, param, grad);
+        });
   }
   return finite;
 }

@@ -100,7 +100,7 @@ ADALORA_INLINE void gram_block(const T* b, int64_t rank, int64_t safe, int64_t b
 // C[i, j…] += Σ_n B[n, i] B[n, j…] for the rows n of a slab, vectors along j.
 template <typename T>
 ADALORA_INLINE void gram_slab(const T* b, int64_t rank, int64_t safe, int64_t begin, int64_t end, double* gram,
-                               Ahead& ahead) {
+                              Ahead& ahead) {
   constexpr int lanes = kLanes<T>;
   for (int64_t i0 = 0; i0 < rank;) {
     const int64_t left = (rank - i0 + kGathered - 1) / kGathered * kGathered;
@@ -116,9 +116,18 @@ ADALORA_INLINE void gram_slab(const T* b, int64_t rank, int64_t safe, int64_t be
   }
 }
 
+// How many blocks a slab has.
+template <typename T>
+ADALORA_INLINE int64_t gram_blocks(int64_t rank) {
+  constexpr int lanes = kLanes<T>;
+  int64_t blocks = 0;
+  for (int64_t i0 = 0; i0 < rank; i0 += kMostGathered) blocks += (rank - i0 / lanes * lanes + lanes - 1) / lanes;
+  return blocks;
+}
+
 template <typename T>
 void gram_columns(const T* b, int64_t rank, int64_t length, double* gram, Ahead ahead) {
-  ahead.pace(length / kStep);
+  ahead.pace(gram_blocks<T>(rank) * (length / kStep));
   for (int64_t i = 0; i < rank * rank; ++i) gram[i] = 0;
   const int64_t safe = readable_rows<T>(rank, length);
   for (int64_t begin = 0; begin < length; begin += kFold)

@@ -9,8 +9,8 @@ namespace adalora::cpu::ADALORA_ISA {
 
 namespace {
 
-constexpr int kBlock = 16;       // elements at a time: some registers of every instruction set
-constexpr int64_t kAhead = 512;  // elements from prefetch to use: half a page, at whose end the hardware's own stops
+constexpr int kBlock = 16;        // elements at a time: some registers of every instruction set
+constexpr int64_t kAhead = 2048;  // bytes from prefetch to use: half a page, at whose end the hardware's own stops
 
 template <typename T>
 struct AverageRun {
@@ -23,7 +23,7 @@ struct AverageRun {
 // Brings of each stream the block nearer that comes kAhead after the one at i.
 template <typename T, typename... More>
 ADALORA_INLINE void fetch_ahead(int64_t i, const T* stream, const More*... more) {
-  for (int l = 0; l < kBlock; l += 64 / sizeof(T)) __builtin_prefetch(stream + i + kAhead + l);
+  for (int l = 0; l < kBlock; l += 64 / sizeof(T)) __builtin_prefetch(stream + i + l + kAhead / sizeof(T));
   if constexpr (sizeof...(more) > 0) fetch_ahead(i, more...);
 }
 
