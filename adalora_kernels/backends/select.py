@@ -105,13 +105,13 @@ def parse_request(backend: str | Backend | None) -> Request | None:
     "triton:published/one_gemm" names the forward and the backward; "triton:published" and "triton:/one_gemm" leave the
     other of them to the backend. None, "auto" and errors as in ``parse``.
     """
-    if backend is not None and not isinstance(backend, str):
-        raise _no_name(backend)
+    _check_name(backend)
     return _parse(backend)
 
 
-def _no_name(backend: object) -> TypeError:
-    return TypeError(f"backend: expected a name or None, got {type(backend).__name__}")
+def _check_name(backend: object) -> None:
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected a name or None, got {type(backend).__name__}")
 
 
 @cache
@@ -227,9 +227,7 @@ def _select(op: str, device_type: str, dtype: torch.dtype, rank: int, backend: s
         requested = _parse(named)
         if requested is not None and not offers(requested.backend, op, device_type):
             requested = None
-    selection = choose(
-        op, device_type, dtype, rank, requested, lambda backend: unavailable_reason(backend, device_type)
-    )
+    selection = choose(op, device_type, dtype, rank, requested, lambda other: unavailable_reason(other, device_type))
     _log_once(op, selection)
     return selection
 
@@ -250,8 +248,7 @@ def select(op: str, device_type: str, dtype: torch.dtype, rank: int, backend: st
         RuntimeError: where a backend asked for by name can't run, with the reason.
         ValueError: for an unknown name.
     """
-    if backend is not None and not isinstance(backend, str):
-        raise _no_name(backend)
+    _check_name(backend)
     # Not looked up where it has no say: with cold caches that takes 20 µs.
     named = os.environ.get(ENVIRONMENT_VARIABLE, "") if backend is None or backend == "auto" else ""
     return _select(op, device_type, dtype, rank, backend, named)

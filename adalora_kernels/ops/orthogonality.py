@@ -25,7 +25,7 @@ from adalora_kernels.ops.once import differentiable_once
 from adalora_kernels.ops.shards import are_partitioned, are_sharded, whole_matrices
 
 _PLAIN = frozenset({torch.nn.Parameter, Tensor})
-_STANDING = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks", "is_leaf")
+_HOOKS_AND_LEAF = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks", "is_leaf")
 
 
 def orthogonality_loss(
@@ -106,8 +106,8 @@ def can_accumulate(matrices: Iterable[Tensor]) -> bool:
         return False
     if "deepspeed" in sys.modules and any("ds_id" in m.__dict__ for m in matrices):
         return False
-    for before, after, is_leaf in map(_STANDING, matrices):
-        if before or after or not is_leaf:
+    for hooks, later_hooks, is_leaf in map(_HOOKS_AND_LEAF, matrices):
+        if hooks or later_hooks or not is_leaf:
             return False
     ids = sorted(map(id, matrices))  # in a set they would collide, since they lie at multiples of powers of two
     return not any(map(eq, ids, ids[1:]))

@@ -6,7 +6,7 @@
 
 namespace adalora::cpu {
 
-// All inline: several instruction sets compile it.
+// Always inline: what one instruction set compiles must never stand in for another's.
 class Ahead {
  public:
   Ahead() = default;
@@ -18,7 +18,7 @@ class Ahead {
         bytes_(bytes) {}
   // In how many steps to bring them.
   [[gnu::always_inline]] void pace(int64_t steps) {
-    const int64_t lines = (then_ == nullptr ? 1 : 2) * (bytes_ + kLine - 1) / kLine;
+    const int64_t lines = (then_ == nullptr ? 1 : 2) * ((bytes_ + kLine - 1) / kLine);
     quota_ = (lines + steps) / (steps + 1) * kLine;
   }
   [[gnu::always_inline]] void step() {

@@ -63,7 +63,7 @@ bool threaded(const std::vector<Matrix>& matrices) {
   return elements >= kThreadedElements;
 }
 
-// A matrix, if there is one of this number, and where they are read its gradient.
+// Of the i-th matrix, if there is one, and of its gradient where gradients are read.
 Ahead ahead_of(const std::vector<Matrix>& matrices, int64_t i, void* const* gradients) {
   if (i >= static_cast<int64_t>(matrices.size())) return {};
   const Matrix& m = matrices[i];

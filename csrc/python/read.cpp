@@ -58,7 +58,8 @@ bool is_contiguous(const dlpack::Tensor& tensor) {
 
 // The tensor as a View; false where its dtype or layout is another, or it lies nowhere.
 bool view(const dlpack::Tensor& tensor, Py_ssize_t layout, View& out) {
-  if (tensor.lies_nowhere() || !read_dtype(tensor, out.dtype) || (layout != kContiguous && tensor.dims != 2)) return false;
+  if (tensor.lies_nowhere() || !read_dtype(tensor, out.dtype)) return false;
+  if (layout != kContiguous && tensor.dims != 2) return false;
   if (layout == kContiguous) {
     out.rows = 1;
     out.columns = tensor.elements();
